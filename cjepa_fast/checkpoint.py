@@ -1,0 +1,172 @@
+"""Checkpoints by torch.distributed.checkpoint (DCP) that are complete, checked and resumable, or are not there at all.
+
+A checkpoint is a folder `step-N` of DCP shards and a `manifest.json` with the CRC-32 of every file. It is written as
+`step-N.partial` and renamed last, so that a folder without the suffix is whole. DCP itself would load a flipped bit.
+DCP's `.metadata` is a pickle: resume only from run directories you trust; share weights as safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from cjepa_fast.distributed import world_size
+from cjepa_fast.errors import UserError
+
+logger = logging.getLogger("cjepa_fast")
+MANIFEST = "manifest.json"
+
+
+def training_state(networks: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor that a step changes, by name, sharing memory with the live ones; all else follows from the step.
+
+    Creates AdamW's moments (zero) where the optimizer has not made them yet, so that they can be loaded into.
+    """
+    state = {f"networks.{name}": tensor.detach() for name, tensor in networks.state_dict().items()}
+    for name, parameter in networks.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        moments = optimizer.state[parameter]
+        if not moments:
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            moments["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            moments["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    return state
+
+
+def save(folder: Path, step: int, state: dict[str, Tensor], *, keep: int, extra: dict[str, Any]) -> Path:
+    """Saves `state` as folder/step-N, then removes all but the newest `keep` checkpoints. Collective.
+
+    `extra`: JSON values recorded in the manifest. Raises UserError if the disk refuses (full, read-only).
+    """
+    final = folder / f"step-{step:08d}"
+    partial = final.with_name(final.name + ".partial")
+    failure = ""
+    try:
+        if _rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier()
+        _dcp(dcp.save, state, partial)
+        if _rank() == 0:
+            _commit(partial, final, step, extra)
+    except (OSError, CheckpointException) as error:  # CheckpointException is no Exception: `except Exception` misses it
+        failure = " ".join(str(error).split())[-300:]
+    if _any_rank(bool(failure)):
+        raise UserError(f"{final}: checkpoint not written; free space or permissions? {failure}")
+    if _rank() == 0:
+        for old in _steps(folder)[:-keep]:
+            shutil.rmtree(old)
+    return final
+
+
+def load(folder: Path, state: dict[str, Tensor]) -> tuple[int, dict[str, Any]]:
+    """Loads the newest valid checkpoint of `folder` into the tensors of `state`, in place, for any world size.
+
+    A damaged checkpoint is named and the one before it taken. Returns the step and the manifest's `extra`.
+    Raises UserError if there is none, or none is valid: never a silent start from scratch.
+    """
+    candidates = list(reversed(_steps(folder)))
+    for candidate in candidates:
+        if fault := _fault(candidate):
+            logger.warning("skipping checkpoint %s: %s", candidate, fault)
+            continue
+        try:
+            _dcp(dcp.load, state, candidate)
+        except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
+            detail = " ".join(str(error).split())[-300:]
+            raise UserError(f"{candidate}: does not fit this run's networks: {detail}") from None
+        manifest = json.loads((candidate / MANIFEST).read_text())
+        return manifest["step"], manifest["extra"]
+    if candidates:
+        raise UserError(f"{folder}: none of the {len(candidates)} checkpoints is intact; start a new run")
+    raise UserError(f"{folder}: no checkpoint there; start a new run without --resume")
+
+
+def _dcp(call: Callable[..., Any], state: dict[str, Tensor], folder: Path) -> None:
+    with warnings.catch_warnings():
+        # it warns that it takes a lone process for a lone process, which no_dist says
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        call(state, checkpoint_id=folder, no_dist=world_size() == 1)
+
+
+def _commit(partial: Path, final: Path, step: int, extra: dict[str, Any]) -> None:
+    files = {path.name: _crc32(path) for path in sorted(partial.iterdir())}
+    manifest = {"step": step, "files": files, "extra": extra, "torch": torch.__version__, "processes": world_size()}
+    with open(partial / MANIFEST, "w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(partial)
+    if final.exists():  # the same step again after a resume: the new copy takes its place
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _sync_folder(final.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.suffix != ".partial"]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, or nothing."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST}: {error}"
+    for name, crc in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _crc32(checkpoint / name) != crc:
+            return f"{name} is damaged (its CRC-32 differs from the manifest's)"
+    return ""
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _any_rank(flag: bool) -> bool:
+    if not dist.is_initialized():
+        return flag
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    total = torch.tensor(int(flag), device=device)
+    dist.all_reduce(total)
+    return bool(total)

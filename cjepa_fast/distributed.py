@@ -1,0 +1,102 @@
+"""What the job needs of torch.distributed: FSDP2 units, sums whose gradients are exact, gathering of rows.
+
+Convention: every rank holds a loss L_r, and FSDP2 averages gradients over ranks, so the objective is mean_r L_r. A
+collective whose backward sums the upstream gradients of all ranks is then exact for 1 and N processes alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+def connect(rank: int, size: int, device: torch.device) -> None:
+    """Starts the process group (NCCL on GPUs, gloo on CPUs) when there is more than one process."""
+    if size == 1:
+        return
+    # torchrun keeps one store over restarts on a machine: a prefix per attempt keeps stale addresses out of the next
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=300)))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt{attempt}", store),
+        rank=rank,
+        world_size=size,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def world_size() -> int:
+    """Number of processes that take part in collectives."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, same_downstream: bool) -> Tensor:
+        ctx.same_downstream = same_downstream
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        if ctx.same_downstream:
+            return grad * dist.get_world_size(), None
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad, None
+
+
+def sum_over_ranks(x: Tensor, *, same_downstream: bool = False) -> Tensor:
+    """Sum of `x` over ranks, differentiable: the backward pass sums the upstream gradients of all ranks.
+
+    same_downstream: promise that every rank computes the same function of the sum, so that the upstream gradients
+        are equal and their sum needs no collective.
+    """
+    return x if world_size() == 1 else _SumOverRanks.apply(x, same_downstream)  # pyright: ignore[reportReturnType]
+
+
+@torch.no_grad()
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean of `x` over ranks, without gradient."""
+    return sum_over_ranks(x) / world_size()
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor) -> Tensor:
+    """Concatenates [n, ...] of every rank (equal shapes) along the first dimension, in rank order."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def shard(network: nn.Module, blocks: Sequence[nn.Module], *, unit: int, trained: bool, dtype: torch.dtype) -> None:
+    """Shards a network in place with FSDP2, `unit` transformer blocks at a time; nothing happens for one process.
+
+    A trained network keeps its gathered weights between forward and backward (ZeRO-2). The target encoder must free
+    them after every forward: gathered weights that outlive the EMA update would be stale in the next step.
+
+    Args:
+        dtype: in which weights are gathered; gradients are reduced in fp32 at least.
+    """
+    if world_size() == 1:
+        return
+    device = next(network.parameters()).device.type
+    mesh = init_device_mesh(device, (world_size(),))
+    precise = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=precise, cast_forward_inputs=False)
+    for start in range(0, len(blocks), unit):
+        fully_shard(list(blocks[start : start + unit]), mesh=mesh, mp_policy=policy, reshard_after_forward=not trained)
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=not trained)

@@ -1,0 +1,164 @@
+"""The losses of I-JEPA and C-JEPA, and the projector in front of C-JEPA's regularisation.
+
+C-JEPA (Mo & Tong, NeurIPS 2024, arXiv 2410.19560), appendix C:
+    L = L_JEPA + 0.001 (25 sim + 25 std + 1 cov).
+Batch statistics are those of the global batch: with several processes they are summed over ranks, with exact gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cjepa_fast import ops
+from cjepa_fast.distributed import sum_over_ranks, world_size
+from cjepa_fast.errors import UserError
+
+STD_TARGET = 1.0  # gamma, C-JEPA appendix C.1
+STD_EPS = 1e-4  # not given by C-JEPA; VICReg's public code
+
+
+def prediction_loss(
+    predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1", *, impl: str = "auto"
+) -> Tensor:
+    """I-JEPA's loss between predicted and actual embeddings of the target patches, a scalar fp32 (fp64 for fp64 input).
+
+    Targets are layer-normed over D without affine (eps 1e-5) before they are gathered.
+
+    Args:
+        predictions: [B, M, K, D], any float dtype.
+        targets: [B, N, D], the target encoder's output for all patches; constants, no gradient reaches them.
+        target_indices: integer [B, M, K], row-major patch numbers in [0, N).
+        kind: "smooth_l1" (beta 1, mean over everything: what the published runs minimise) or "l2" (the paper's text,
+            I-JEPA section 3: sum over patches and dimensions of a block, mean over blocks and images).
+        impl: "auto", "triton" or "eager", see `cjepa_fast.ops`.
+
+    Raises UserError for another kind, or an implementation that cannot run.
+    """
+    if kind not in ("smooth_l1", "l2"):
+        raise UserError(f"unknown prediction loss {kind!r}; known: smooth_l1, l2")
+    return ops.prediction_loss(predictions, targets, target_indices, kind, impl=impl)
+
+
+def block_vicreg(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """C-JEPA's Algorithm 1: VICReg between the M target blocks of an image, all M (M - 1) ordered pairs, averaged.
+
+    Computed without the loop over pairs. With C_i and v_i the covariance matrix and the variance hinge of block i
+    over the batch, and zbar the mean over an image's blocks, the average over ordered pairs of VICReg's terms is
+        sim = 2 / (M - 1) * sum_i mean((z_i - zbar)^2),   std = mean_i v_i,   cov = 2 mean_i |offdiag C_i|^2 / D,
+    which takes M variances, M covariances and one collective instead of M (M - 1) gathers.
+
+    Args:
+        z: projected block means [B, M, D], fp32 or fp64; B images of this rank, M >= 2.
+
+    Returns (sim, std, cov): unweighted scalars of the global batch, scaled as VICReg's public code scales them
+    (unbiased variance, std averaged and cov summed over the two views of a pair).
+
+    Raises UserError if M < 2 or the global batch holds fewer than 2 images.
+    """
+    _, blocks, width = z.shape
+    if blocks < 2:
+        raise UserError(f"block_vicreg compares target blocks of an image: it needs at least 2, got {blocks}")
+    spread = (z - z.mean(dim=1, keepdim=True)).square().sum()
+    count, spread, covariance = _global_moments(z.transpose(0, 1), spread)
+    sim = 2 / (blocks - 1) * spread / (count * width)
+    std, cov = _std_cov(covariance)
+    return sim, std.mean(), 2 * cov.mean()
+
+
+def context_target_vicreg(context: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reading of C-JEPA's appendix C.2 pseudo-code, which contradicts Algorithm 1: an option, not the default.
+
+    Args:
+        context, target: projected mean embeddings [B, D] of the context and of the whole image by the target encoder.
+
+    Returns (sim, std, cov): mean squared distance of the two, and the variance and covariance terms of the context
+    alone, neither halved nor doubled; statistics of the global batch.
+    """
+    distance = (context - target).square().sum()
+    count, distance, covariance = _global_moments(context[None], distance)
+    std, cov = _std_cov(covariance)
+    return distance / (count * context.shape[1]), std[0], cov[0]
+
+
+def _std_cov(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Hinge on the standard deviation [M] and off-diagonal energy / D [M] of covariance matrices [M, D, D]."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    std = F.relu(STD_TARGET - (variance + STD_EPS).sqrt()).mean(dim=-1)
+    # the diagonal is taken out before squaring: subtracting its energy afterwards would cancel
+    off_diagonal = covariance - torch.diag_embed(variance)
+    return std, off_diagonal.square().sum(dim=(-2, -1)) / covariance.shape[-1]
+
+
+def _global_moments(views: Tensor, extra: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Number of images, sum of the scalar `extra` and unbiased covariance [M, D, D] of views [M, B, D], over all ranks.
+
+    One collective. Every rank centres on its own mean, so the products are accurate in fp32; raw moments, which add
+    over ranks, are formed and summed in fp64, where their cancellation is harmless.
+    """
+    blocks, batch, width = views.shape
+    count = batch * world_size()
+    if count < 2:
+        raise UserError(f"variance and covariance need a global batch of at least 2 images, got {count}")
+    mean = views.mean(dim=1)
+    centred = views - mean[:, None]
+    second = centred.transpose(1, 2) @ centred
+    if world_size() > 1:
+        mean64 = mean.double()
+        raw = second.double() + batch * mean64[:, :, None] * mean64[:, None, :]
+        packed = torch.cat([raw.flatten(), (batch * mean64).flatten(), extra.double()[None]])
+        packed = sum_over_ranks(packed, same_downstream=True)
+        raw, total, extra = packed.split([raw.numel(), mean.numel(), 1])
+        total = total.view(blocks, width)
+        second = raw.view(blocks, width, width) - total[:, :, None] * total[:, None, :] / count
+        second, extra = second.to(views.dtype), extra[0].to(views.dtype)
+    return count, extra, second / (count - 1)
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm of rows [n, D] over the global batch, always by batch statistics (the projector is never evaluated).
+
+    torch's SyncBatchNorm has no CPU implementation; for one process this equals nn.BatchNorm1d in training mode.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if world_size() == 1:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        rows = x.shape[0] * world_size()
+        mean = x.mean(dim=0)
+        # as in _global_moments: accurate locally in fp32, added over ranks as raw moments in fp64
+        mean64 = mean.double()
+        raw = (x - mean).square().sum(dim=0).double() + x.shape[0] * mean64.square()
+        total, raw = sum_over_ranks(torch.stack([x.shape[0] * mean64, raw])).unbind()
+        mean64 = total / rows
+        scale = self.weight * (raw / rows - mean64.square() + self.eps).rsqrt().to(x.dtype)
+        return (x - mean64.to(x.dtype)) * scale + self.bias
+
+
+class Projector(nn.Module):
+    """Maps mean embeddings to the space of the VICReg terms: `layers` linear maps, batch norm and ReLU between them.
+
+    The paper names a projector without its shape; the default (two layers, all of the encoder's width) is ours.
+    Rows of all views are normalised together, over the global batch. No layer has a bias: batch norm, and after the
+    last layer every VICReg term, is blind to one, and AdamW would blow up the rounding of its zero gradient.
+    Input [..., D], output [..., hidden].
+    """
+
+    def __init__(self, width: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        for index in range(layers):
+            modules.append(nn.Linear(width if index == 0 else hidden, hidden, bias=False))
+            if index < layers - 1:
+                modules += [GlobalBatchNorm(hidden), nn.ReLU()]
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.flatten(0, -2)).unflatten(0, x.shape[:-1])

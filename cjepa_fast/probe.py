@@ -1,0 +1,71 @@
+"""The 20-NN probe: how well the target encoder's mean embeddings sort labelled images, without training anything."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cjepa_fast.data import ImageSource, center_batches, epoch_order
+from cjepa_fast.distributed import gather_rows, world_size
+from cjepa_fast.errors import UserError
+from cjepa_fast.health import knn_accuracy
+
+NEIGHBOURS = 20
+_SPLIT_SEED = 20  # of the choice of bank and queries: fixed, so that every run on a data set has the same probe
+
+
+class Probe:
+    """A fixed bank of labelled images and fixed queries.
+
+    Args:
+        source: labelled training images, which give the bank.
+        queries: labelled images with the same classes, which give the queries; None takes other images of `source`
+            (their labels are never trained on, though their pixels are).
+        bank_size, query_size: upper limits.
+
+    Raises UserError if there are no labels, or the two sets have different classes.
+    """
+
+    def __init__(
+        self, source: ImageSource, queries: ImageSource | None, *, bank_size: int, query_size: int, image_size: int,
+        batch_size: int, device: torch.device, threads: int, rank: int,
+    ) -> None:  # fmt: skip
+        if source.labels is None:
+            raise UserError(f"{source.root}: the 20-NN probe needs class folders, found {source.description}")
+        if queries is not None and queries.classes != source.classes:
+            raise UserError(f"data.probe_root: {queries.root} and {source.root} differ in classes; use its test split")
+        order = epoch_order(len(source), seed=_SPLIT_SEED, epoch=0)
+        if queries is None:
+            query_size = min(query_size, len(source) // 4)
+            self._queries, query_ids, order = source, order[:query_size], order[query_size:]
+        else:
+            self._queries = queries
+            query_ids = epoch_order(len(queries), seed=_SPLIT_SEED, epoch=0)[:query_size]
+        self._source, self._bank_ids, self._query_ids = source, order[:bank_size], query_ids
+        self._options = {
+            "image_size": image_size, "batch_size": batch_size, "threads": threads, "device": str(device)
+        }  # fmt: skip
+        self._device, self._rank = device, rank
+        held_out = "held out of training" if queries is not None else "of the training set, their labels unused"
+        self.description = (
+            f"20-NN probe: {len(self._bank_ids):,} training images answer for {len(query_ids):,} images {held_out}"
+        )
+        self.chance = 1 / len(source.classes)
+
+    def accuracy(self, encoder: nn.Module) -> float:
+        """Top-1 accuracy in [0, 1] of the encoder's mean embeddings. Collective: every rank embeds its share."""
+        bank, bank_labels = self._embed(encoder, self._source, self._bank_ids)
+        queries, query_labels = self._embed(encoder, self._queries, self._query_ids)
+        return knn_accuracy(bank, bank_labels, queries, query_labels, k=NEIGHBOURS)
+
+    @torch.no_grad()
+    def _embed(self, encoder: nn.Module, source: ImageSource, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+        # every rank gets equally many images, the first ones again where they do not divide, so that all ranks call a
+        # sharded encoder equally often
+        share = -(-len(ids) // world_size())
+        mine = np.resize(ids, share * world_size())[self._rank * share : (self._rank + 1) * share]
+        features = torch.cat([encoder(b).float().mean(dim=1) for b in center_batches(source, mine, **self._options)])
+        assert source.labels is not None
+        labels = torch.from_numpy(source.labels[ids]).to(self._device)
+        return gather_rows(features)[: len(ids)], labels

@@ -1,0 +1,155 @@
+"""The truth: every piece of the method in plain PyTorch, written as the papers state it, in any dtype.
+
+Nothing here is fast. In fp64 it is what tests compare with; in the working dtype it is what benchmarks start from.
+Networks are functions of a state dict, so that they share no code with `cjepa_fast.vit`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+State = Mapping[str, Tensor]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V over [..., K, d]."""
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    return scores.softmax(dim=-1) @ value
+
+
+def block(state: State, prefix: str, x: Tensor, heads: int) -> Tensor:
+    """Pre-norm transformer block `prefix` of a state dict: [B, K, D] -> [B, K, D]."""
+
+    def weights(name: str) -> tuple[Tensor, Tensor]:
+        return state[f"{prefix}{name}.weight"], state[f"{prefix}{name}.bias"]
+
+    y = F.layer_norm(x, x.shape[-1:], *weights("norm1"), 1e-6)
+    y = F.linear(y, *weights("attn.qkv"))
+    query, key, value = (part.reshape(*part.shape[:2], heads, -1).transpose(1, 2) for part in y.chunk(3, dim=-1))
+    y = attention(query, key, value).transpose(1, 2).flatten(2)
+    x = x + F.linear(y, *weights("attn.proj"))
+    y = F.layer_norm(x, x.shape[-1:], *weights("norm2"), 1e-6)
+    return x + F.linear(F.gelu(F.linear(y, *weights("mlp.fc1"))), *weights("mlp.fc2"))
+
+
+def _depth(state: State, prefix: str) -> int:
+    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith(prefix))
+
+
+def encoder(state: State, images: Tensor, indices: Tensor | None, heads: int) -> Tensor:
+    """I-JEPA encoder on normalised images [B, 3, H, W]: convolution, positions, gather, blocks, norm."""
+    weight = state["patch_embed.proj.weight"]
+    x = F.conv2d(images, weight, state["patch_embed.proj.bias"], stride=weight.shape[-1])
+    x = x.flatten(2).transpose(1, 2) + state["pos_embed"]
+    if indices is not None:
+        x = torch.stack([rows[kept] for rows, kept in zip(x, indices, strict=True)])
+    for layer in range(_depth(state, "blocks.")):
+        x = block(state, f"blocks.{layer}.", x, heads)
+    return F.layer_norm(x, x.shape[-1:], state["norm.weight"], state["norm.bias"], 1e-6)
+
+
+def predictor(state: State, context: Tensor, context_indices: Tensor, target_indices: Tensor, heads: int) -> Tensor:
+    """I-JEPA predictor: [B, Kc, D], [B, Kc], [B, M, Kt] -> [B, M, Kt, D], one sequence per image and block."""
+    positions = state["predictor_pos_embed"][0]
+    embedded = F.linear(context, state["predictor_embed.weight"], state["predictor_embed.bias"])
+    out = []
+    for targets in target_indices.unbind(1):
+        x = embedded + positions[context_indices]
+        x = torch.cat([x, state["mask_token"] + positions[targets]], dim=1)
+        for layer in range(_depth(state, "predictor_blocks.")):
+            x = block(state, f"predictor_blocks.{layer}.", x, heads)
+        x = F.layer_norm(x, x.shape[-1:], state["predictor_norm.weight"], state["predictor_norm.bias"], 1e-6)
+        x = F.linear(x, state["predictor_proj.weight"], state["predictor_proj.bias"])
+        out.append(x[:, context.shape[1] :])
+    return torch.stack(out, dim=1)
+
+
+def prediction_loss(predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1") -> Tensor:
+    """See `cjepa_fast.losses.prediction_loss`."""
+    normed = F.layer_norm(targets, targets.shape[-1:])
+    chosen = torch.stack([rows[kept] for rows, kept in zip(normed, target_indices, strict=True)])
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(predictions, chosen)
+    batch, blocks = predictions.shape[:2]
+    return (predictions - chosen).square().sum() / (batch * blocks)
+
+
+def vicreg(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """VICReg's three terms for two views [n, D], as its public code scales them (Bardes et al., ICLR 2022)."""
+    n, width = x.shape
+    std = torch.zeros((), dtype=x.dtype, device=x.device)
+    cov = torch.zeros((), dtype=x.dtype, device=x.device)
+    for z in (x, y):
+        std = std + F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean() / 2
+        centred = z - z.mean(dim=0)
+        covariance = centred.T @ centred / (n - 1)
+        off_diagonal = covariance - covariance.diagonal().diag()
+        cov = cov + off_diagonal.square().sum() / width
+    return F.mse_loss(x, y), std, cov
+
+
+def block_vicreg(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """C-JEPA Algorithm 1 to the letter: VICReg averaged over the M (M - 1) ordered pairs of block means z [B, M, D]."""
+    pairs = list(itertools.permutations(z.unbind(1), 2))
+    terms = [vicreg(x, y) for x, y in pairs]
+    sim, std, cov = (torch.stack(term).sum() / len(pairs) for term in zip(*terms, strict=True))
+    return sim, std, cov
+
+
+def context_target_vicreg(context: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """C-JEPA appendix C.2 pseudo-code on [B, D]: invariance to the target, variance and covariance of the context."""
+    width = context.shape[1]
+    std = F.relu(1 - (context.var(dim=0) + 1e-4).sqrt()).mean()
+    covariance = context.T.cov()
+    cov = (covariance - covariance.diagonal().diag()).square().sum() / width
+    return F.mse_loss(context, target), std, cov
+
+
+def projector(state: State, x: Tensor) -> Tensor:
+    """Linear, batch norm over all rows, ReLU, ..., Linear on rows [n, D] (keys of `cjepa_fast.losses.Projector`)."""
+    last = max(int(name.split(".")[1]) for name in state)
+    for index in range(0, last + 1, 3):
+        x = F.linear(x, state[f"layers.{index}.weight"])
+        if index != last:
+            norm = f"layers.{index + 1}"
+            mean, var = x.mean(dim=0), x.var(dim=0, unbiased=False)
+            x = (x - mean) / (var + 1e-5).sqrt() * state[f"{norm}.weight"] + state[f"{norm}.bias"]
+            x = F.relu(x)
+    return x
+
+
+def adamw(
+    parameter: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int, *, lr: float,
+    weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """One AdamW step (Loshchilov & Hutter, 2019), `step` counted from 1: the new parameter and moments."""
+    first = betas[0] * moments[0] + (1 - betas[0]) * grad
+    second = betas[1] * moments[1] + (1 - betas[1]) * grad.square()
+    update = (first / (1 - betas[0] ** step)) / ((second / (1 - betas[1] ** step)).sqrt() + eps)
+    return parameter * (1 - lr * weight_decay) - lr * update, (first, second)
+
+
+def ema(target: Tensor, parameter: Tensor, momentum: float) -> Tensor:
+    """m * target + (1 - m) * parameter."""
+    return momentum * target + (1 - momentum) * parameter
+
+
+def cjepa_loss(
+    images: Tensor, context_indices: Tensor, target_indices: Tensor, *, context_encoder: Callable[..., Tensor],
+    target_encoder: Callable[..., Tensor], predict: Callable[..., Tensor], project: Callable[[Tensor], Tensor],
+    weights: tuple[float, float, float],
+) -> Tensor:  # fmt: skip
+    """L_JEPA + weights . (sim, std, cov), C-JEPA equation of appendix C.1 with the weights already multiplied out."""
+    with torch.no_grad():
+        targets = target_encoder(images, None)
+    predictions = predict(context_encoder(images, context_indices), context_indices, target_indices)
+    means = predictions.mean(dim=2)
+    terms = block_vicreg(project(means.flatten(0, 1)).unflatten(0, means.shape[:2]))
+    regularisation = sum(weight * term for weight, term in zip(weights, terms, strict=True))
+    return prediction_loss(predictions, targets, target_indices) + regularisation

@@ -1,0 +1,319 @@
+"""The main job, read from top to bottom:  torchrun -m cjepa_fast.train [--preset NAME] [--data.root DIR] ...
+
+Without arguments it trains the demo. `--check` validates everything, prints what the run would cost and leaves;
+`--help` lists every setting. Bad input ends with one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cjepa_fast import checkpoint, config, cost, data, distributed, health, ops, optim, vit
+from cjepa_fast.cache import cached_folder
+from cjepa_fast.demo_data import DEMO_VERSION, write_demo_dataset
+from cjepa_fast.errors import UserError
+from cjepa_fast.losses import Projector
+from cjepa_fast.masks import MultiBlockSampler
+from cjepa_fast.probe import Probe
+from cjepa_fast.run import CHECKPOINTS, RunDirectory, refuse_existing
+from cjepa_fast.step import LossWeights, Networks, Terms, ema_update, forward_backward
+
+FEATURE_ROWS = 2048  # images behind feature_std and RankMe: the last ones of the interval
+COLLAPSED = 0.1  # a feature_std under this share of the untrained encoder's is called a collapse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job with command-line arguments `argv`; returns the exit code (0, 2 for bad input, 3 for divergence)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        world = config.read_world(os.environ)
+        if world.rank > 0:
+            logging.disable(logging.INFO)
+        return train(config.load(sys.argv[1:] if argv is None else argv), world)
+    except UserError as error:
+        if "world" not in locals() or world.rank == 0 or dist.is_initialized():  # one line, not one per process
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(command: config.Command, world: config.World) -> int:
+    """Trains, or checks, what `command` asks for as process `world`; returns the exit code."""
+    c, resume = command.config, command.resume
+    started = time.perf_counter()
+
+    # What there is to train on. All of this is validated before a process group exists or a file is written.
+    config.validate_world(c, world.size)
+    device = pick_device(c.runtime.device, world.local_rank)
+    ops.require(c.runtime.kernels, device.type)
+    if c.run.dir is not None and resume is None:
+        refuse_existing(c.run.dir)
+    root, probe_root = c.data.root, c.data.probe_root
+    if root is None:
+        demo = cached_folder(f"demo-{DEMO_VERSION}", write_demo_dataset)
+        root, probe_root = demo / "train", demo / "test"
+    source = data.scan(root)
+    queries = None if probe_root is None else data.scan(probe_root)
+    length = config.count_steps(c, len(source))
+    steps, steps_per_epoch = length.total, length.per_epoch
+    schedule = optim.schedules(
+        steps, length.warmup, lr=c.optim.lr, start_lr=c.optim.start_lr,
+        final_lr=c.optim.final_lr, weight_decay=c.optim.weight_decay, final_weight_decay=c.optim.final_weight_decay,
+        weight_decay_schedule=c.optim.weight_decay_schedule, ema=c.optim.ema, final_ema=c.optim.final_ema,
+        schedule_scale=c.optim.schedule_scale,
+    )  # fmt: skip
+    sampler = MultiBlockSampler(
+        c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
+        target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
+        min_keep=c.mask.min_keep,
+    )  # fmt: skip
+    probe = None
+    if source.labels is not None:
+        probe = Probe(
+            source, queries, bank_size=c.run.probe_bank, query_size=c.run.probe_queries, device=device, rank=world.rank,
+            image_size=c.model.image_size, batch_size=max(2, c.optim.batch_size // world.size),
+            threads=c.runtime.data_threads,
+        )  # fmt: skip
+    elif queries is not None:
+        raise UserError(f"data.probe_root: given, but data.root has no class folders to answer ({source.description})")
+    if command.check:
+        context_tokens, target_tokens = sampler.expected_tokens(c.optim.batch_size // world.size)
+        print(config.to_yaml(c) + f"\ndata  {root}: {source.description}")
+        print(cost.report(c, len(source), world.size, context_tokens, target_tokens))
+        return 0
+
+    # The networks. Every process draws the same initial weights; sharding then keeps its part.
+    if c.runtime.cpu_threads is not None:
+        torch.set_num_threads(c.runtime.cpu_threads)
+    distributed.connect(world.rank, world.size, device)
+    torch.manual_seed(c.seed)
+    networks = build_networks(c).to(device)
+    compiled = compile_blocks(networks, c.runtime.compile, device)
+    dtype = networks.encoder.dtype
+    for network, blocks, trained in (
+        (networks.encoder, networks.encoder.blocks, True),
+        (networks.predictor, networks.predictor.predictor_blocks, True),
+        (networks.target_encoder, networks.target_encoder.blocks, False),
+    ):
+        distributed.shard(network, list(blocks), unit=c.runtime.fsdp_blocks, trained=trained, dtype=dtype)
+    if networks.projector is not None:
+        distributed.shard(networks.projector, [], unit=1, trained=True, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(
+        optim.parameter_groups(networks), lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps, fused=True
+    )
+    averaged = optim.local_tensors(list(networks.target_encoder.parameters()))
+    averages_of = optim.local_tensors(list(networks.encoder.parameters()))
+    beta = c.loss.vicreg_weight
+    weights = LossWeights(
+        c.loss.prediction, beta * c.loss.sim_weight, beta * c.loss.std_weight, beta * c.loss.cov_weight,
+        c.loss.vicreg_views, c.runtime.kernels,
+    )  # fmt: skip
+
+    # The run directory, and the state to continue from.
+    first_step, untrained, initial_std = 0, None, None
+    state = checkpoint.training_state(networks, optimizer)
+    directory = run_directory(c, resume, started_rank=world.rank, device=device)
+    if resume is not None:
+        first_step, extra = checkpoint.load(directory / CHECKPOINTS, state)
+        untrained, initial_std = extra["untrained"], extra["initial_std"]
+        if extra["images"] != len(source):
+            raise UserError(f"data.root: {root} holds {len(source)} images, the run began with {extra['images']}")
+    elif probe is not None:
+        untrained = probe.accuracy(networks.target_encoder)
+    records = None
+    if world.rank == 0:
+        records = RunDirectory(
+            directory, config_yaml=None if resume is not None else config.to_yaml(c), resume_step=first_step,
+            total_steps=steps, tensorboard=c.run.tensorboard, wandb_project=c.run.wandb,
+        )  # fmt: skip
+        records.state("running", first_step)
+        records.say(f"run directory: {directory}")
+        records.say(f"data: {root}: {source.description}; {steps_per_epoch} steps an epoch, {steps} steps in all")
+        records.say(f"{world.size} process(es) on {device_name(device)}, {c.model.precision}, {compiled}")
+        if probe is None:
+            records.say("no class folders, so no 20-NN probe: health shows in feature_std, rankme and cosine_gap")
+        else:
+            records.say(f"{probe.description}; untrained encoder {untrained:.1%}, chance {probe.chance:.1%}")
+    interrupted = InterruptFlag()
+    batches = data.Batches(
+        source, batch_size=c.optim.batch_size, rank=world.rank, world_size=world.size, image_size=c.model.image_size,
+        seed=c.seed, first_step=first_step, last_step=steps, crop_scale=c.data.crop_scale, crop_ratio=c.data.crop_ratio,
+        hflip=c.data.hflip, device=str(device), threads=c.runtime.data_threads, prefetch=c.runtime.prefetch,
+    )  # fmt: skip
+
+    # The loop. Nothing in it waits for the device except at the log interval.
+    features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // c.optim.batch_size))
+    sums, waited_ms, since, counted = torch.zeros(len(Terms._fields), device=device), 0.0, time.perf_counter(), 0
+    accuracy, status, step = untrained, "completed", first_step
+    for step, batch in enumerate(batches, start=first_step):
+        masks = sampler.sample(step, batch.ids)
+        context, target = (indices.to(device, non_blocking=True) for indices in masks)
+        out = forward_backward(networks, batch.images, context, target, weights, c.runtime.accumulate)
+        for group in optimizer.param_groups:
+            group["lr"] = float(schedule.lr[step])
+            group["weight_decay"] = float(schedule.weight_decay[step]) if group["decayed"] else 0.0
+        optimizer.step()
+        optimizer.zero_grad()
+        ema_update(averaged, averages_of, float(schedule.ema[step]))
+        features.append(out.targets.float().mean(dim=1))
+        sums += torch.stack(out.terms)
+        waited_ms, counted, done = waited_ms + batch.wait_ms, counted + 1, step + 1
+
+        last = done == steps
+        probe_now = probe is not None and (last or (c.run.probe_every > 0 and done % c.run.probe_every == 0))
+        save_now = last or done % c.run.checkpoint_every == 0
+        # a checkpoint ends an interval, so that a resumed run writes the same lines
+        if done % c.run.log_every == 0 or save_now or probe_now:
+            gap = health.cosine_gap(out.predictions, out.targets, target)
+            waited = torch.tensor([waited_ms, float(interrupted)], device=device)
+            means = distributed.mean_over_ranks(torch.cat([sums, gap[None], waited])).tolist()
+            loss, prediction, sim, std, cov, gap, waited_ms, stop = (*(v / counted for v in means[:5]), *means[5:])
+            seconds = time.perf_counter() - since
+            recent = distributed.gather_rows(torch.cat(list(features)))
+            feature_std, rank = float(health.feature_std(recent)), float(health.rankme(recent))
+            initial_std = feature_std if initial_std is None else initial_std
+            values: dict[str, Any] = {
+                "step": done, "epoch": done / steps_per_epoch, "loss": loss, "loss_prediction": prediction,
+                "loss_sim": sim, "loss_std": std, "loss_cov": cov, "lr": schedule.lr[step],
+                "weight_decay": schedule.weight_decay[step], "ema": schedule.ema[step], "feature_std": feature_std,
+                "rankme": rank, "cosine_gap": gap, "images_per_s": counted * c.optim.batch_size / seconds,
+                "data_wait_ms": waited_ms / counted, "seconds": time.perf_counter() - started,
+            }  # fmt: skip
+            if not np.isfinite(loss):
+                status = "failed"
+                break
+            if probe_now and probe is not None:
+                accuracy = values["knn_top1"] = probe.accuracy(networks.target_encoder)
+            if records is not None:
+                records.log(values)
+                if feature_std < COLLAPSED * initial_std:
+                    records.say(f"warning: step {done}: feature_std fell from {initial_std:.3f} to {feature_std:.3f}: "
+                                "the embeddings collapse; lower optim.lr or raise loss.vicreg_weight")  # fmt: skip
+            if stop > 0 and not last:
+                status = "preempted"
+            if save_now or status == "preempted":
+                checkpoint.save(
+                    directory / CHECKPOINTS, done, state, keep=c.run.keep_checkpoints,
+                    extra={"untrained": untrained, "images": len(source), "initial_std": initial_std},
+                )  # fmt: skip
+                if records is not None:
+                    records.state("running", done, untrained=untrained, knn_top1=accuracy)
+            if status == "preempted":
+                break
+            sums.zero_()
+            features.clear()
+            waited_ms, since, counted = 0.0, time.perf_counter(), 0
+    batches.close()
+
+    # What came of it.
+    if records is not None:
+        records.state(status, step + 1, untrained=untrained, knn_top1=accuracy)
+        if status == "failed":
+            records.say(f"error: the loss is not finite at step {step + 1}; lower optim.lr in a new run")
+        elif status == "preempted":
+            records.say(f"stopped on request after step {step + 1}; continue with --resume {directory}")
+        elif probe is not None and accuracy is not None and untrained is not None:
+            trained = f"target encoder {accuracy:.1%}, untrained encoder {untrained:.1%}, chance {probe.chance:.1%}"
+            records.say(f"20-NN top-1: {trained}")
+        records.say(f"run directory: {directory} ({time.perf_counter() - started:.0f} s)")
+        records.close()
+    return 3 if status == "failed" else 0
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this process: "cuda" must exist, "auto" takes it if it does."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("runtime.device: cuda asked for, but torch sees no GPU; use auto, or a CUDA build of torch")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(f"--nproc-per-node: process {local_rank + 1} has no GPU, torch sees {found}; start {found}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: the GPU's name, or the number of CPU threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+
+
+def build_networks(c: config.Config) -> Networks:
+    """The four networks of a configuration, on the CPU, drawn from torch's global generator."""
+    dtype = torch.bfloat16 if c.model.precision == "bf16" else torch.float32
+    encoder, target_encoder = (
+        vit.build_encoder(
+            c.model.encoder, c.model.image_size, c.model.patch_size, mean=c.data.mean, std=c.data.std,
+            depth_rescale=c.model.depth_rescale_init, dtype=dtype,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    predictor = vit.build_predictor(
+        c.model.encoder, c.model.image_size, c.model.patch_size, c.model.predictor_depth, c.model.predictor_width,
+        c.model.predictor_heads, depth_rescale=c.model.depth_rescale_init,
+    )  # fmt: skip
+    projector = None
+    if c.loss.vicreg_weight:
+        projector = Projector(encoder.width, c.loss.projector_width or encoder.width, c.loss.projector_layers)
+    return Networks(encoder, predictor, target_encoder, projector)
+
+
+def compile_blocks(networks: Networks, wanted: str, device: torch.device) -> str:
+    """Applies torch.compile to every transformer block, if wanted; returns what was chosen and why.
+
+    Block by block, because equal blocks share one compilation and FSDP2's hooks lie between them.
+    """
+    if wanted == "off" or (wanted == "auto" and device.type == "cpu"):
+        return "not compiled" + (" (auto: on a CPU compiling outlasts small runs)" if wanted == "auto" else "")
+    # a few static shapes (one per block size) times encoder, target encoder and predictor
+    torch._dynamo.config.recompile_limit = 64
+    for blocks in (networks.encoder.blocks, networks.predictor.predictor_blocks, networks.target_encoder.blocks):
+        for block in blocks:
+            block.compile(dynamic=False)
+    return "compiled"
+
+
+def run_directory(c: config.Config, resume: Path | None, *, started_rank: int, device: torch.device) -> Path:
+    """The folder of the run: given, resumed, or runs/ENCODER-TIME as rank 0's clock has it."""
+    if resume is not None or c.run.dir is not None:
+        return resume or c.run.dir or Path()
+    stamp = torch.tensor(int(time.time()), device=device)
+    if dist.is_initialized():
+        dist.broadcast(stamp, 0)
+    return Path("runs") / time.strftime(f"{c.model.encoder}-%Y%m%d-%H%M%S", time.localtime(int(stamp)))
+
+
+class InterruptFlag:
+    """Set by SIGTERM or SIGINT, acted on at the next log line so that all ranks agree; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self._set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._set:
+            os._exit(128 + number)
+        self._set = True
+
+    def __float__(self) -> float:
+        return float(self._set)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,470 @@
+"""What loads, what is refused, and that every refusal is one line that names key, value and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from cjepa_fast.config import (
+    Config,
+    World,
+    count_steps,
+    differences,
+    get,
+    keys,
+    load,
+    read_world,
+    replace,
+    to_yaml,
+    validate,
+    validate_world,
+)
+from cjepa_fast.errors import UserError
+from cjepa_fast.presets import PRESETS
+
+DEMO = PRESETS["demo"]
+
+
+def refusal(argv: list[str]) -> str:
+    """The message of the UserError that `load` raises, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        load(argv)
+    message = str(caught.value)
+    assert message.splitlines() == [message]
+    return message
+
+
+# flags -> message
+BAD_FLAGS = [
+    ("--optim.lrr 1", "unknown flag --optim.lrr; did you mean --optim.lr?"),
+    ("--optim.batchsize=1", "unknown flag --optim.batchsize; did you mean --optim.batch-size?"),
+    ("--lr 1", "unknown flag --lr; did you mean --optim.lr?"),
+    ("--chek", "unknown flag --chek; did you mean --check?"),
+    ("--optim 3", "unknown flag --optim; did you mean --optim.lr?"),
+    ("--optim.no-lr", "unknown flag --optim.no-lr; did you mean --optim.lr?"),
+    ("--zzzzzzzz", "unknown flag --zzzzzzzz"),
+    ("3", "unexpected argument '3'; flags look like --optim.lr 0.001"),
+    ("--optim.lr abc", "--optim.lr: expected a number, got 'abc'"),
+    ("--optim.lr", "--optim.lr: expected a number, got nothing"),
+    ("--optim.lr 1 2", "--optim.lr: expected a number, got '1 2'"),
+    ("--seed 1e3", "--seed: expected a whole number, got '1e3'"),
+    ("--optim.steps 1.5", "--optim.steps: expected a whole number or None, got '1.5'"),
+    ("--optim.betas 0.9", "--optim.betas: expected 2 numbers, got '0.9'"),
+    ("--optim.betas 0.9 x", "--optim.betas: expected 2 numbers, got '0.9 x'"),
+    ("--mask.mode Fixed", "--mask.mode: expected one of fixed, faithful, got 'Fixed'"),
+    (
+        "--data.hflip False",
+        "--data.hflip: takes no value, got 'False'; write --data.hflip or --data.no-hflip",
+    ),
+    ("--check yes", "--check: takes no value, got 'yes'; write --check or --no-check"),
+    ("--preset", "--preset: expected text or None, got nothing"),
+    (
+        "--preset cifar10_tinny",
+        "--preset: unknown preset 'cifar10_tinny'; did you mean 'cifar10_tiny'?",
+    ),
+    (
+        "--preset cifar10_tiny",
+        "data.root: not set, but preset 'cifar10_tiny' needs images; add --data.root FOLDER",
+    ),
+    ("--config nowhere.yaml", "nowhere.yaml: No such file or directory; give an existing YAML file"),
+    ("--resume nowhere", "--resume nowhere: no config.yaml there; give the folder of a run"),
+    (
+        "--resume nowhere --preset demo",
+        "--preset: preset 'demo' cannot be combined with --resume, which continues a run as it is",
+    ),
+    (
+        "--model.encoder vit_bse",
+        "model.encoder: 'vit_bse' is not an encoder; did you mean 'vit_base'?",
+    ),
+    (
+        "--model.image-size 33",
+        "model.image_size: 33 is not a multiple of model.patch_size 4; use 32 or 36",
+    ),
+    ("--model.patch-size 0", "model.patch_size: 0 is out of range; use at least 1"),
+    ("--model.predictor-heads 0", "model.predictor_heads: 0 is out of range; use at least 1"),
+    (
+        "--model.predictor-width 50",
+        "model.predictor_width: 50 is not a multiple of 4 and of the predictor's 3 heads; use 48 or 60",
+    ),
+    (
+        "--model.predictor-width 51",
+        "model.predictor_width: 51 is not a multiple of 4 and of the predictor's 3 heads; use 48 or 60",
+    ),
+    (
+        "--mask.target-scale 0.2 0.1",
+        "mask.target_scale: (0.2, 0.1) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1",
+    ),
+    (
+        "--mask.context-scale 0.5 1.5",
+        "mask.context_scale: (0.5, 1.5) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1",
+    ),
+    (
+        "--mask.target-aspect 0 1",
+        "mask.target_aspect: (0.0, 1.0) is no range; use LOW HIGH with 0 < LOW <= HIGH",
+    ),
+    (
+        "--mask.target-scale 0.01 0.2",
+        "mask.target_scale: (0.01, 0.2) leaves no patch of the 64 to predict;"
+        " raise it, or use a smaller model.patch_size",
+    ),
+    (
+        "--mask.num-targets 1",
+        "mask.num_targets: 1 gives no pair of views for loss.vicreg_views target_blocks; use at least 2",
+    ),
+    (
+        "--mask.min-keep 64",
+        "mask.min_keep: 64 is out of range; use 1 to 63, below the image's 64 patches",
+    ),
+    ("--loss.cov-weight -1", "loss.cov_weight: -1.0 is out of range; use at least 0"),
+    (
+        "--optim.batch_size 1",
+        "optim.batch_size: 1 is too small for VICReg's statistics over the batch; use at least 2",
+    ),
+    ("--optim.lr 0", "optim.lr: 0.0 is out of range; use a number above 0"),
+    ("--optim.lr nan", "optim.lr: nan is not finite; use a finite number"),
+    ("--optim.betas 0.9 inf", "optim.betas: (0.9, inf) is not finite; use a finite number"),
+    (
+        "--optim.betas 0.9 1",
+        "optim.betas: (0.9, 1.0) is out of range; use two numbers of 0 <= beta < 1",
+    ),
+    ("--optim.ema 1.1", "optim.ema: 1.1 is out of range; use 0 to 1"),
+    (
+        "--optim.epochs 3 --optim.warmup-epochs 3",
+        "optim.warmup_epochs: 3.0 fills all of optim.epochs 3.0; use a shorter warm-up",
+    ),
+    (
+        "--runtime.accumulate 3",
+        "runtime.accumulate: 3 does not divide optim.batch_size 64; use a divisor",
+    ),
+    ("--run.log-every 0", "run.log_every: 0 is out of range; use at least 1"),
+    ("--run.keep-checkpoints 1", "run.keep_checkpoints: 1 is out of range; use at least 2"),
+    ("--seed -1", "seed: -1 is out of range; use 0 to 2**63 - 1"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=[flags for flags, _ in BAD_FLAGS])
+def test_bad_flags(flags: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert refusal(flags.split()) == message
+    assert capfd.readouterr() == ("", "")
+
+
+# text of exp.yaml -> message after "exp.yaml"
+BAD_YAML = [
+    ("optim:\n  lrr: 1", ":2: unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+    ("lr: 1", ":1: unknown key 'lr'; did you mean 'optim.lr'?"),
+    ("optm: {lr: 1}", ":1: unknown key 'optm'; did you mean 'optim'?"),
+    ("<<: {lr: 1}", ":1: unknown key '<<'"),
+    ("[a]: 1", ":1: unknown key '[...]'"),
+    ('"a\\nb": 1', ":1: unknown key 'a\\nb'"),
+    ("optim:\n  lr: 1\n  eps: 1\n  lr: 1", ":4: 'optim.lr' is set again, first on line 2; keep one"),
+    ("optim: 3", ":1: 'optim' is a section; put keys such as 'optim.batch_size' into it"),
+    ("optim:", ":1: 'optim' is a section; put keys such as 'optim.batch_size' into it"),
+    ("- 1", ":1: a configuration is a mapping; put keys such as 'model.encoder' into it"),
+    ("optim: {lr: abc}", ":1: optim.lr: expected a number, got 'abc'"),
+    ("optim: {lr: null}", ":1: optim.lr: expected a number, got null"),
+    ("optim: {lr: [1, 2]}", ":1: optim.lr: expected a number, got ['1', '2']"),
+    ("optim: {lr: {a: 1}}", ":1: optim.lr: expected a number, got something nested"),
+    ("optim: &x {lr: *x}", ":1: optim.lr: expected a number, got something nested"),
+    ("optim: {steps: 12:30}", ":1: optim.steps: expected a whole number or None, got '12:30'"),
+    ("optim: {betas: [0.9]}", ":1: optim.betas: expected 2 numbers, got ['0.9']"),
+    ("optim: {betas: 0.9}", ":1: optim.betas: expected 2 numbers, got '0.9'"),
+    ("data: {hflip: 1}", ":1: data.hflip: expected true or false, got '1'"),
+    ("mask: {mode: null}", ":1: mask.mode: expected one of fixed, faithful, got null"),
+    ("model: {precision: fp16}", ":1: model.precision: expected one of fp32, bf16, got 'fp16'"),
+    ("preset: [demo]", ":1: preset: expected text, got ['demo']"),
+    ("preset: demoo", ": unknown preset 'demoo'; did you mean 'demo'?"),
+    ("optim: {lr: 1", ":1: malformed YAML, expected ',' or '}', but got '<stream end>'"),
+    ("seed: 1\noptim:\n\tlr: 1", ":3: malformed YAML, found character '\\t' that cannot start any token"),
+    ("a: b: c", ":1: malformed YAML, mapping values are not allowed here"),
+    ("seed: 1\n---\nseed: 2", ":2: malformed YAML, but found another document"),
+    ("seed: \0", ": malformed YAML, unacceptable character #x0000"),
+    ("seed: \xff", ": not UTF-8 text; give a YAML file"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_YAML, ids=[repr(text) for text, _ in BAD_YAML])
+def test_bad_yaml(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    assert refusal(["--config", str(path)]).startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {encoder: !!python/object/apply:os.mkdir [canary]}",
+        "model: !!python/object/apply:os.mkdir [canary]",
+        "!!python/object/apply:os.mkdir [canary]",
+        "optim: {betas: [!!python/name:os.mkdir , 1]}",
+    ],
+)
+def test_yaml_runs_no_code(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("exp.yaml").write_text(text)
+    message = refusal(["--config", "exp.yaml"])
+    assert message.startswith("exp.yaml:1: ") and "is not allowed; write a plain value" in message
+    assert not Path("canary").exists()
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    text=st.text(st.characters(codec="utf-8"), max_size=30)
+    | st.builds(
+        "{}: {}".format,
+        st.sampled_from([*{key.partition(".")[0] for key in keys()}, "preset"]),
+        st.text(st.characters(codec="utf-8"), max_size=20),
+    )
+)
+def test_any_yaml_loads_or_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_text(text, encoding="utf-8")
+    try:
+        load(["--config", str(path)])
+    except UserError as error:
+        assert str(error).splitlines() == [str(error)]
+
+
+def test_precedence(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("preset: cifar10_tiny\noptim: {lr: 1e-4, eps: 1e-4, ema: 0.5}\ndata: {root: images}")
+    second.write_text("optim: {eps: 1e-5, ema: 0.6}")
+    argv = ["--config", str(first), "--config", str(second), "--optim.ema", "0.7"]
+    expected = replace(
+        PRESETS["cifar10_tiny"],
+        {"optim.lr": 1e-4, "optim.eps": 1e-5, "optim.ema": 0.7, "data.root": Path("images")},
+    )
+    assert load(argv).config == expected
+    assert load([*argv[-2:], *argv[:-2]]).config == expected  # a flag wins wherever it stands
+    reverse = load(["--config", str(second), "--config", str(first)]).config
+    assert (reverse.optim.eps, reverse.optim.ema) == (1e-4, 0.5)
+    assert load([]).config == DEMO
+
+
+def test_presets_of_two_sources_must_agree(tmp_path: Path) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_text("preset: cifar10_tiny\ndata: {root: images}")
+    load(["--config", str(path), "--preset", "cifar10_tiny"])
+    assert refusal(["--config", str(path), "--preset", "demo"]) == (
+        f"--preset: preset 'demo' conflicts with 'cifar10_tiny' of {path}; name one"
+    )
+
+
+def test_yaml_values_are_typed_by_key_not_by_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_text(
+        "optim: {lr: 1e-4, steps: 7, epochs: 3, betas: [0, 1e-1]}\n"
+        "runtime: {compile: off}\nrun: {wandb: no, tensorboard: yes, dir: 2026-11-22}\ndata: {root: ~}\n"
+    )
+    config = load(["--config", str(path)]).config
+    assert config.optim.lr == 1e-4 and config.optim.betas == (0.0, 0.1)
+    assert config.optim.steps == 7 and type(config.optim.epochs) is float
+    assert config.runtime.compile == "off" and config.run.wandb == "no"
+    assert config.run.tensorboard is True and config.run.dir == Path("2026-11-22")
+    assert config.data.root is None
+
+
+def test_flag_spellings() -> None:
+    argv = "--optim.batch_size 32 --optim.lr=1e-4 --data.hflip --run.wandb x --mask.target-scale 0.1 0.2 --check"
+    command = load(argv.split())
+    assert command.check and command.resume is None
+    assert differences(DEMO, command.config) == [
+        f"mask.target_scale: {DEMO.mask.target_scale} -> (0.1, 0.2)",
+        f"optim.batch_size: {DEMO.optim.batch_size} -> 32",
+        f"optim.lr: {DEMO.optim.lr} -> 0.0001",
+        "data.hflip: False -> True",
+    ]
+    assert load(["--data.hflip", "--data.no_hflip"]).config == DEMO
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_validate_and_survive_yaml(name: str, tmp_path: Path) -> None:
+    config = replace(
+        PRESETS[name],
+        {"data.root": Path("a b/ü: #1"), "run.wandb": "null", "optim.lr": 1 / 3, "optim.steps": 1},
+    )
+    validate(PRESETS[name])
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load(["--config", str(path)]).config == config
+    assert hash(config) == hash(replace(config, {}))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.optim.lr = 1.0  # type: ignore[misc]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lr=st.floats(0, exclude_min=True, allow_infinity=False), project=st.text(st.characters(codec="utf-8")))
+@example(lr=0.1, project="\x85")  # a line break to YAML
+def test_yaml_is_exact(lr: float, project: str, tmp_path: Path) -> None:
+    if project == "None":
+        return  # the spelling of no project
+    config = replace(DEMO, {"optim.lr": lr, "run.wandb": project})
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8", newline="")
+    assert load(["--config", str(path)]).config == config
+
+
+def a_run(tmp_path: Path, config: Config = DEMO) -> Path:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(config))
+    return run
+
+
+def test_resume_takes_the_run_as_it_is(tmp_path: Path) -> None:
+    old = replace(PRESETS["cifar10_tiny"], {"data.root": Path("old"), "run.dir": Path("elsewhere")})
+    run = a_run(tmp_path, old)
+    command = load(["--resume", str(run), "--run.log-every", "7", "--data.root", "new"])
+    assert command.resume == run
+    assert command.config == replace(old, {"run.dir": run, "run.log_every": 7, "data.root": Path("new")})
+
+
+def test_resume_refuses_other_results(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    exp = tmp_path / "exp.yaml"
+    exp.write_text("model: {encoder: vit_pico, predictor_width: 64}")
+    assert refusal(["--resume", str(run), "--config", str(exp), "--optim.lr", "0.25"]) == (
+        f"--resume {run}: results would change, so leave out or start a new run:"
+        f" model.encoder: vit_demo -> vit_pico; model.predictor_width: {DEMO.model.predictor_width} -> 64;"
+        f" optim.lr: {DEMO.optim.lr} -> 0.25"
+    )
+    assert "conflicts with --resume" in refusal(["--resume", str(run), "--run.dir", "other"])
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.97])
+def test_resume_refuses_a_torn_configuration(keep: float, tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    path = run / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: int(len(lines) * keep)]))
+    assert refusal(["--resume", str(run)]).startswith(f"{path}: lacks '")
+
+
+def test_differences_are_those_of_results() -> None:
+    assert differences(DEMO, DEMO) == []
+    other = replace(DEMO, {"runtime.compile": "off", "run.log_every": 99, "run.wandb": "x"})
+    assert differences(DEMO, other) == []
+    here, there = replace(DEMO, {"data.root": Path("a")}), replace(DEMO, {"data.root": Path("b")})
+    assert differences(here, there) == []
+    assert differences(DEMO, there) == ["data.root: None -> b"]
+    assert differences(DEMO, replace(DEMO, {"seed": 5, "optim.lr": 2.0})) == [
+        f"optim.lr: {DEMO.optim.lr} -> 2.0",
+        "seed: 0 -> 5",
+    ]
+
+
+def test_replace_changes_every_key_alone() -> None:
+    for key in keys():
+        changed = replace(DEMO, {key: "marker"})
+        assert [k for k in keys() if get(changed, k) != get(DEMO, k)] == [key]
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        (
+            {"optim.batch_size": 100},
+            8,
+            "optim.batch_size: 100 images cannot be shared evenly by 8 processes; use 96 or 104",
+        ),
+        (
+            {"optim.batch_size": 4},
+            8,
+            "optim.batch_size: 4 images cannot be shared evenly by 8 processes; use 8",
+        ),
+        (
+            {"optim.batch_size": 100, "runtime.accumulate": 4},
+            8,
+            "optim.batch_size: 100 images cannot be shared evenly by 8 processes; use 96 or 128",
+        ),
+        (
+            {"optim.batch_size": 24, "runtime.accumulate": 4},
+            4,
+            "runtime.accumulate: 4 parts do not divide the 6 images of a process"
+            " (optim.batch_size 24 over 4); use a divisor of 6",
+        ),
+    ],
+)
+def test_world_must_divide_the_batch(changes: dict[str, int], size: int, message: str) -> None:
+    config = replace(DEMO, changes)
+    validate(config)
+    validate_world(config, 1)
+    with pytest.raises(UserError) as caught:
+        validate_world(config, size)
+    assert str(caught.value) == message
+
+
+def test_read_world() -> None:
+    launched = {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    assert read_world({}) == World(rank=0, size=1, local_rank=0)
+    assert read_world({"MASTER_ADDR": "localhost"}) == World()
+    assert read_world(launched) == World(rank=5, size=8, local_rank=1)
+    for name in launched:
+        with pytest.raises(UserError, match=rf"^{name} is not set although [A-Z_]+ is; start with torchrun"):
+            read_world({key: value for key, value in launched.items() if key != name})
+    with pytest.raises(UserError, match=r"^RANK 8, WORLD_SIZE 8 and LOCAL_RANK 1 contradict each other"):
+        read_world(launched | {"RANK": "8"})
+    with pytest.raises(UserError, match=r"^WORLD_SIZE: expected a whole number, got 'two'"):
+        read_world(launched | {"WORLD_SIZE": "two"})
+
+
+def test_count_steps() -> None:
+    config = replace(DEMO, {"optim.batch_size": 10, "optim.epochs": 2.5, "optim.warmup_epochs": 0.5})
+    steps = count_steps(config, 109)
+    assert (steps.total, steps.per_epoch, steps.warmup) == (25, 10, 5)
+    assert count_steps(replace(config, {"optim.steps": 7}), 109).total == 7
+    with pytest.raises(UserError, match=r"^optim\.batch_size: 10 exceeds the 9 training images; use at most"):
+        count_steps(config, 9)
+
+
+def test_help_names_every_key_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load(["--preset", "ijepa_vit_huge14_in1k", "--help"])
+    assert not stop.value.code
+    text = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    for key in (*keys(), "preset", "config", "resume", "check"):
+        assert f"--{key.replace('_', '-')}" in text, key
+    for name in PRESETS:
+        assert name in text, name
+    assert "(default: vit_huge)" in text
+    # every key has its line of help: none is followed by its default at once
+    for field in ("Peak learning rate, not scaled", "Target blocks per image.", "Newest checkpoints kept"):
+        assert field in text
+
+
+def test_every_key_is_documented() -> None:
+    """A field without a docstring would show up in the help as its bare default."""
+    import ast
+    import inspect
+
+    import cjepa_fast.config as module
+
+    for cls in ast.parse(inspect.getsource(module)).body:
+        if isinstance(cls, ast.ClassDef) and cls.name.endswith("Config") and cls.name != "Config":
+            body = cls.body[1:]
+            for field, doc in zip(body[::2], body[1::2], strict=True):
+                assert isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr), ast.unparse(field)
+                assert "\n" not in ast.literal_eval(doc.value)
+
+
+def test_import_needs_the_standard_library_alone() -> None:
+    script = (
+        "import sys; before = set(sys.modules)\n"
+        "import cjepa_fast.config, cjepa_fast.presets, cjepa_fast.cost\n"
+        "names = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(names - set(sys.stdlib_module_names)))"
+    )
+    root = Path(__file__).parent.parent
+    out = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "['cjepa_fast']"

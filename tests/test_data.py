@@ -1,0 +1,540 @@
+"""The input path: what a folder holds, what is shown when, and whether the pixels are the right ones."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from cjepa_fast import data
+from cjepa_fast.data import Batches, ImageSource, batch_ids, center_batches, crop_windows, epoch_order, scan
+from cjepa_fast.errors import UserError
+from cjepa_fast.philox import philox4x32
+
+SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    """A smooth colourful image: noise would only measure how decoders differ in their last bit."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
+    """50 images of many sizes in two classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(50):
+        folder = root / ("even", "odd")[i % 2]
+        folder.mkdir(exist_ok=True)
+        height, width = rng.integers(20, 90, 2)
+        picture(i, int(height), int(width)).save(folder / f"{i}.jpg", quality=90)
+    return scan(root)
+
+
+def batches(source: ImageSource, **changes) -> Batches:
+    options = {
+        "batch_size": 16,
+        "image_size": 24,
+        "seed": 3,
+        "crop_scale": SCALE,
+        "crop_ratio": RATIO,
+        "hflip": True,
+        "last_step": 7,  # two epochs of three steps and one more
+    }
+    return Batches(source, **(options | changes))
+
+
+def pillow_view(path: str, window: np.ndarray, image_size: int) -> np.ndarray:
+    top, left, height, width = (int(v) for v in window)
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    crop = upright.crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((image_size, image_size), Image.Resampling.BILINEAR))
+
+
+# --- Philox
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # the known answers that Random123 ships for philox4x32-10
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_known_answers(counter: str, key: str, expected: str):
+    def words(text: str) -> list[int]:
+        return [int(word, 16) for word in text.split()]
+
+    low, high = words(key)
+    counters = np.tile(np.array(words(counter), dtype=np.uint32), (2, 3, 1))
+    assert (philox4x32(counters, (low, high)) == np.array(words(expected), dtype=np.uint32)).all()
+
+
+# --- scan
+
+
+def test_class_folders_give_labels(source: ImageSource):
+    assert source.classes == ("even", "odd") and source.description == "50 images in 2 class folders"
+    assert source.labels is not None and source.labels.dtype == np.int64
+    assert [source.classes[label] for label in source.labels] == [path.split("/")[0] for path in source.paths]
+    assert source.paths == sorted(source.paths) and len(source) == 50
+    for i in range(len(source)):
+        with Image.open(source.path(i)) as image:
+            assert (image.height, image.width) == tuple(source.sizes[i])
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (("b.jpg", "a.png"), "2 images in 1 folder, no labels"),
+        (("train/cat/a.jpg", "train/dog/b.jpg"), "2 images in 2 folders, no labels"),
+        (("cat/a.jpg", "b.jpg"), "2 images in 2 folders, no labels"),
+        (("images/a.jpg", "images/b.jpg"), "2 images in 1 folder, no labels"),
+    ],
+)
+def test_bare_images_have_no_labels(tmp_path: Path, files: tuple[str, ...], found: str):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0, 8, 8).save(tmp_path / name)
+    source = scan(tmp_path)
+    assert source.paths == sorted(files) and source.labels is None and source.classes == ()
+    assert source.description == found
+
+
+def test_other_files_are_ignored_and_counted(tmp_path: Path):
+    for name in ("a.JPG", "._a.jpg", "notes.txt", "b.gif", ".cache/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(0, 8, 8).save(tmp_path / name, "JPEG")
+    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)
+    source = scan(tmp_path)
+    assert source.paths == ["a.JPG"]
+    assert source.description == "1 image in 1 folder, no labels; 3 other files ignored"
+
+
+def test_names_with_spaces_and_unicode(tmp_path: Path):
+    for name in ("кошка и кот", "犬 🐕"):
+        (tmp_path / name).mkdir()
+        picture(1, 20, 30).save(tmp_path / name / "é 100%.jpg")
+    source = scan(tmp_path)
+    assert set(source.classes) == {"кошка и кот", "犬 🐕"}
+    batch = next(batches(source, batch_size=2, image_size=16))
+    assert batch.images.shape == (2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_the_scan(source: ImageSource, threads: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "_SCAN_CHUNK", 7)
+    again = scan(source.root, threads=threads)
+    assert again.paths == source.paths and (again.sizes == source.sizes).all()
+
+
+def _missing(tmp_path: Path) -> Path:
+    return tmp_path / "nowhere"
+
+
+def _file(tmp_path: Path) -> Path:
+    (tmp_path / "list.txt").write_text("a")
+    return tmp_path / "list.txt"
+
+
+def _empty(tmp_path: Path) -> Path:
+    (tmp_path / "readme.txt").write_text("a")
+    return tmp_path
+
+
+def _with_bad_file(name: str, content: bytes):
+    def make(tmp_path: Path) -> Path:
+        picture(0, 8, 8).save(tmp_path / "good.jpg")
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"z{name}").write_bytes(content)
+        return tmp_path
+
+    return make
+
+
+def _png_header(width: int, height: int) -> bytes:
+    import struct
+    import zlib
+
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+NO_DATA = b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
+
+
+@pytest.mark.parametrize(
+    ("make", "culprit", "says"),
+    [
+        (_missing, "nowhere", ("no such folder", "give the folder")),
+        (_file, "list.txt", ("is a file", "give the folder")),
+        (_empty, "", ("no images", "1 other file;", ".jpg")),
+        (
+            _with_bad_file("a.jpg", b"<html>404</html>"),
+            "a.jpg",
+            ("not of a JPEG", "2 of 3", "remove or replace"),
+        ),
+        (_with_bad_file("a.jpg", b""), "a.jpg", ("empty (0 bytes)", "2 of 3", "remove or replace")),
+        (_with_bad_file("a.jpg", b"\xff\xd8\xff\xe0\x00"), "a.jpg", ("not of a JPEG", "2 of 3")),
+        (
+            _with_bad_file("a.png", _png_header(20000, 9000) + NO_DATA),
+            "a.png",
+            ("178,956,970", "bomb", "2 of 3"),
+        ),
+    ],
+)
+def test_bad_roots_and_files(tmp_path: Path, make, culprit: str, says: tuple[str, ...]):
+    root = make(tmp_path)
+    with pytest.raises(UserError) as caught:
+        scan(root)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / culprit}:") and "\n" not in message
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_image_is_no_bomb(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(_png_header(12000, 9000) + NO_DATA)
+    assert scan(tmp_path).sizes.tolist() == [[9000, 12000]]
+
+
+def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(path):  # by hand, for root may read everything
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\); grant read access"):
+        scan(tmp_path)
+
+
+# --- order
+
+
+def test_epoch_order_is_pinned():
+    """These numbers may never change: a checkpoint stores the step and relies on them."""
+    assert epoch_order(10, seed=1, epoch=0).tolist() == [8, 7, 1, 6, 4, 3, 5, 2, 9, 0]
+    assert epoch_order(10, seed=1, epoch=1).tolist() == [8, 0, 3, 9, 5, 6, 4, 1, 2, 7]
+    assert epoch_order(10, seed=2**40 + 1, epoch=0).tolist() == [7, 3, 2, 9, 8, 1, 5, 4, 6, 0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 1000])
+def test_epoch_order_is_a_permutation(n: int):
+    assert (np.sort(epoch_order(n, seed=5, epoch=2)) == np.arange(n)).all()
+
+
+def test_epoch_order_is_uniform():
+    """Every image is equally often at every place: chi-square over 5 x 5 with 16 degrees of freedom."""
+    rounds = 4000
+    counts = np.zeros((5, 5))
+    for epoch in range(rounds):
+        counts[np.arange(5), epoch_order(5, seed=0, epoch=epoch)] += 1
+    assert ((counts - rounds / 5) ** 2 / (rounds / 5)).sum() < 39.3  # exceeded once in a thousand seeds
+
+
+def test_batches_walk_the_epoch_order():
+    n, size = 50, 16
+    for epoch in range(3):
+        taken = [batch_ids(n, seed=9, step=3 * epoch + i, batch_size=size) for i in range(3)]
+        assert [e for e, _ in taken] == [epoch] * 3
+        ids = np.concatenate([ids for _, ids in taken])
+        assert len(set(ids)) == 48 and (ids == epoch_order(n, seed=9, epoch=epoch)[:48]).all()
+    dropped = [set(epoch_order(n, seed=9, epoch=epoch)[48:]) for epoch in range(3)]
+    assert dropped[0] != dropped[1] != dropped[2]
+
+
+def test_batch_sizes_that_do_not_fit(source: ImageSource):
+    with pytest.raises(UserError, match=r"batch_size=51 .* 50 images .* lower"):
+        batches(source, batch_size=51)
+    with pytest.raises(UserError, match=r"batch_size=15 .* 2 ranks"):
+        batches(source, batch_size=15, world_size=2)
+
+
+# --- crops
+
+
+def slow_window(height: int, width: int, scale, ratio, rng: random.Random) -> tuple[int, int, int, int]:
+    """The published definition of a random resized crop, one image at a time, with another generator."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def windows_of(n: int, height: int, width: int, scale=SCALE, ratio=RATIO, **changes) -> np.ndarray:
+    sizes = np.tile(np.array([height, width], dtype=np.int32), (n, 1))
+    return crop_windows(np.arange(n), sizes, **({"seed": 1, "epoch": 0, "scale": scale, "ratio": ratio} | changes))
+
+
+def test_crop_windows_are_pinned():
+    expected = [[31, 215, 341, 260], [96, 85, 279, 343], [18, 54, 357, 359], [7, 2, 348, 438]]
+    assert windows_of(4, 375, 500).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (32, 32), (64, 300), (3, 2), (1, 1)])
+@pytest.mark.parametrize("scale", [SCALE, (0.05, 0.2)])
+def test_crop_distribution_is_the_definition(size: tuple[int, int], scale: tuple[float, float]):
+    """Two-sample Kolmogorov-Smirnov on top, left, area and aspect against the slow definition."""
+    n = 8000
+    rng = random.Random(0)
+    fast = windows_of(n, *size, scale=scale)
+    slow = np.array([slow_window(*size, scale, RATIO, rng) for _ in range(n)])
+    assert (fast[:, :2] >= 0).all() and (fast[:, 2:] >= 1).all() and (fast[:, :2] + fast[:, 2:] <= size).all()
+
+    def features(window: np.ndarray) -> np.ndarray:
+        top, left, h, w = window.T.astype(float)
+        return np.stack([top, left, h * w, np.log(w / h), h + top, w + left])
+
+    for a, b in zip(features(fast), features(slow), strict=True):
+        grid = np.union1d(a, b)
+        cdf_a, cdf_b = (np.searchsorted(np.sort(x), grid, side="right") / n for x in (a, b))
+        assert np.abs(cdf_a - cdf_b).max() < 2.2 * math.sqrt(2 / n)  # p < 1e-4
+
+
+def test_crop_moments_are_the_analytic_ones():
+    """Where every first window fits, area is uniform in scale and log aspect uniform in log ratio."""
+    n, side, scale = 20000, 4000, (0.3, 0.5)
+    top, left, h, w = windows_of(n, side, side, scale=scale).T.astype(float)
+    area, aspect = h * w / side**2, np.log(w / h)
+    half = math.log(4 / 3)
+    rounding = 3e-4  # of sides around 2000 pixels to whole ones
+    assert area.min() >= scale[0] - rounding and area.max() <= scale[1] + rounding
+    assert abs(area.mean() - 0.4) < 4 * 0.2 / math.sqrt(12 * n)
+    assert np.abs(aspect).max() <= half + 1e-3 and abs(aspect.mean()) < 4 * half / math.sqrt(3 * n)
+    assert abs(aspect.std() - half / math.sqrt(3)) < 0.01 * half
+    assert abs(np.corrcoef(area, aspect)[0, 1]) < 4 / math.sqrt(n)
+    for offset, room in ((top, side - h), (left, side - w)):
+        assert abs((offset / room).mean() - 0.5) < 4 / math.sqrt(12 * n)
+
+
+@pytest.mark.parametrize(("size", "window"), [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))])
+def test_crop_falls_back_to_the_centre(size: tuple[int, int], window: tuple[int, ...]):
+    assert (windows_of(50, *size) == window).all()
+
+
+def test_crops_depend_on_seed_epoch_and_id_alone():
+    base = windows_of(100, 300, 400)
+    picked = np.array([70, 3, 3, 41])
+    sizes = np.tile(np.array([300, 400], dtype=np.int32), (4, 1))
+    assert (crop_windows(picked, sizes, seed=1, epoch=0, scale=SCALE, ratio=RATIO) == base[picked]).all()
+    assert (windows_of(100, 300, 400, seed=2) != base).any(axis=1).mean() > 0.95
+    assert (windows_of(100, 300, 400, epoch=1) != base).any(axis=1).mean() > 0.95
+    assert len(np.unique(base, axis=0)) > 95
+
+
+def test_half_of_the_images_are_flipped():
+    flags = [data.flip_flags(np.arange(4000), seed=0, epoch=epoch) for epoch in (0, 1)]
+    assert all(abs(f.mean() - 0.5) < 4 / math.sqrt(4 * 4000) for f in flags)
+    assert abs((flags[0] == flags[1]).mean() - 0.5) < 4 / math.sqrt(4 * 4000)
+
+
+# --- pixels
+
+
+def test_batches_agree_with_pillow(source: ImageSource):
+    seen = 0
+    for batch in batches(source, first_step=2, last_step=5):
+        ids = batch.ids.numpy()
+        windows = crop_windows(ids, source.sizes[ids], seed=3, epoch=batch.epoch, scale=SCALE, ratio=RATIO)
+        flips = data.flip_flags(ids, seed=3, epoch=batch.epoch)
+        assert batch.images.dtype == torch.uint8 and batch.images.shape == (16, 24, 24, 3)
+        assert batch.wait_ms > 0
+        for image, i, window, flip in zip(batch.images.numpy(), ids, windows, flips, strict=True):
+            expected = pillow_view(source.path(i), window, 24)
+            difference = np.abs(image.astype(int) - (expected[:, ::-1] if flip else expected))
+            # Measured: mean up to 0.24, at most 4 of 255 levels, from rounding in the two resamplers.
+            assert difference.mean() < 0.5 and difference.max() <= 6
+            seen += 1
+    assert seen == 48
+
+
+ODD_FILES = {
+    **{f"exif{o}.jpg": ("RGB", {"exif": o}) for o in range(1, 9)},
+    "exif6.png": ("RGB", {"exif": 6}),
+    "exif6.webp": ("RGB", {"exif": 6}),
+    "exif6.tif": ("RGB", {"exif": 6}),
+    "gray.jpg": ("L", {}),
+    "cmyk.jpg": ("CMYK", {}),
+    "progressive.jpg": ("RGB", {"progressive": True}),
+    "png_named.jpg": ("RGB", {"format": "PNG"}),
+    "palette_alpha.png": ("P", {"transparency": 3}),
+    "rgba.png": ("RGBA", {}),
+    "gray_alpha.png": ("LA", {}),
+    "gray.webp": ("L", {"lossless": True}),
+    "a.bmp": ("RGB", {}),
+    "a.ppm": ("RGB", {}),
+    "gray.pgm": ("L", {}),
+    "lzw.tiff": ("RGB", {"compression": "tiff_lzw"}),
+}
+
+
+def test_odd_files_come_out_upright_and_rgb(tmp_path: Path):
+    """Whole-image windows: a size at odds with what DALI sees is an error or a wrong picture."""
+    for name, (mode, options) in ODD_FILES.items():
+        options = dict(options)
+        if "exif" in options:
+            exif = Image.Exif()
+            exif[0x0112] = options["exif"]
+            options["exif"] = exif
+        picture(7, 40, 64).convert(mode).save(tmp_path / name, **options)
+    source = scan(tmp_path)
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (0.1, 10.0), "hflip": False}
+    for batch in batches(source, batch_size=len(source), image_size=32, last_step=2, **whole):
+        ids = batch.ids.numpy()
+        windows = crop_windows(ids, source.sizes[ids], seed=3, epoch=batch.epoch, scale=(1.0, 1.0), ratio=(0.1, 10.0))
+        for image, i, window in zip(batch.images.numpy(), ids, windows, strict=True):
+            turned = ODD_FILES[source.paths[i]][1].get("exif", 1) >= 5
+            assert tuple(source.sizes[i]) == ((64, 40) if turned else (40, 64)), source.paths[i]
+            difference = np.abs(image.astype(int) - pillow_view(source.path(i), window, 32))
+            assert difference.mean() < 0.5 and difference.max() <= 6, source.paths[i]
+
+
+@pytest.mark.parametrize("image_size", [24, 56])
+def test_center_batches_agree_with_pillow(source: ImageSource, image_size: int):
+    """Both sides of the rule: 20 to 90 pixel images against 24 and 56 pixel views."""
+    ids = np.arange(len(source))[::-1]
+    views = list(center_batches(source, ids, image_size=image_size, batch_size=16))
+    assert [len(view) for view in views] == [16, 16, 16, 2]
+    for image, i in zip(torch.cat(views).numpy(), ids, strict=True):
+        with Image.open(source.path(i)) as original:
+            short = min(original.size)
+            target = image_size if short <= image_size else image_size * 256 // 224
+            width, height = (int(target * side / short) for side in original.size)
+            resized = original.resize((width, height), Image.Resampling.BILINEAR)
+        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+        expected = np.asarray(resized.crop((left, top, left + image_size, top + image_size)))
+        difference = np.abs(image.astype(int) - expected)
+        assert difference.mean() < 0.5 and difference.max() <= 6, (source.paths[i], original.size)
+
+
+def test_center_leaves_images_of_the_right_size_alone(tmp_path: Path):
+    picture(0, 32, 32).save(tmp_path / "a.png")
+    (view,) = center_batches(scan(tmp_path), np.array([0, 0]), image_size=32, batch_size=4)
+    assert (view.numpy() == np.asarray(picture(0, 32, 32))).all()
+
+
+# --- the same data whatever the machine
+
+
+def images_by_step(source: ImageSource, **changes) -> dict[int, tuple[list[int], torch.Tensor]]:
+    return {batch.step: (batch.ids.tolist(), batch.images) for batch in batches(source, **changes)}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for step in a:
+        assert a[step][0] == b[step][0] and torch.equal(a[step][1], b[step][1]), step
+
+
+@pytest.mark.parametrize("changes", [{"threads": 2}, {"prefetch": 1}, {"prefetch": 4, "threads": 2}])
+def test_runtime_settings_do_not_change_the_data(source: ImageSource, changes: dict):
+    """Bit for bit. The batches are kept while later ones are made, so a reused buffer would show as well."""
+    assert_same(images_by_step(source), images_by_step(source, **changes))
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 16])
+def test_world_size_does_not_change_the_data(source: ImageSource, world_size: int):
+    ranks = [images_by_step(source, rank=rank, world_size=world_size) for rank in range(world_size)]
+    joined = {
+        step: ([i for r in ranks for i in r[step][0]], torch.cat([r[step][1] for r in ranks])) for step in ranks[0]
+    }
+    assert_same(images_by_step(source), joined)
+
+
+def test_resume_equals_going_on(source: ImageSource):
+    whole = images_by_step(source)
+    assert list(whole) == list(range(7))
+    assert_same({step: whole[step] for step in (4, 5, 6)}, images_by_step(source, first_step=4))
+    assert images_by_step(source, first_step=7) == {}
+
+
+def test_each_epoch_shows_every_image_once(source: ImageSource):
+    ids = [i for step_ids, _ in images_by_step(source, batch_size=10, last_step=10).values() for i in step_ids]
+    assert sorted(ids[:50]) == sorted(ids[50:]) == list(range(50)) and ids[:50] != ids[50:]
+
+
+def test_images_outlive_close_and_close_ends_the_iterator(source: ImageSource):
+    loader = batches(source, last_step=None)
+    images = next(loader).images
+    copy = images.clone()
+    loader.close()
+    assert list(loader) == []
+    list(batches(source))  # overwrites whatever was given back to the allocator
+    assert torch.equal(images, copy)
+
+
+# --- faults at run time
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-80])
+
+
+def _shrink(path: Path) -> None:
+    picture(0, 4, 4).save(path)
+
+
+def _int32_tiff(path: Path) -> None:
+    Image.new("I", (64, 64)).save(path, "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_truncate, "cannot be decoded .*truncated"),
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_bytes(b"<html>"), "not of a JPEG"),
+        (Path.unlink, "No such file"),
+        (_shrink, "was 64 x 64 .* is 4 x 4 now"),
+        (_int32_tiff, "Pillow decodes and DALI does not"),
+    ],
+)
+def test_a_bad_image_is_named(tmp_path: Path, damage, says: str):
+    for i in range(12):
+        picture(i, 64, 64).save(tmp_path / f"{i}.jpg")
+    source = scan(tmp_path)
+    victim = source.paths[epoch_order(12, seed=3, epoch=0)[9]]  # in step 2 of batches of four
+    damage(tmp_path / victim)
+    loader = batches(source, batch_size=4, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=False)
+    assert [next(loader).step, next(loader).step] == [0, 1]
+    with pytest.raises(UserError, match=says) as caught:
+        next(loader)
+    assert str(caught.value).startswith(f"{tmp_path / victim}:") and "\n" not in str(caught.value)
+
+
+def test_missing_dali_is_named(source: ImageSource, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match="nvidia-dali-cuda130"):
+        batches(source)
+
+
+def test_import_needs_neither_dali_nor_pillow():
+    code = "import sys; sys.modules.update({'nvidia': None, 'PIL': None}); import cjepa_fast.data"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the mixed decoder is not tested")
+def test_gpu_agrees_with_cpu(source: ImageSource):
+    for cpu, gpu in zip(batches(source), batches(source, device="cuda:0"), strict=True):
+        assert gpu.images.is_cuda and torch.equal(cpu.ids, gpu.ids)
+        # nvJPEG upsamples chroma differently from libjpeg-turbo.
+        assert (cpu.images.int() - gpu.images.cpu().int()).abs().float().mean() < 2

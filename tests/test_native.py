@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cjepa_fast import native
+from cjepa_fast.errors import UserError
+from cjepa_fast.masks import MultiBlockSampler
+from cjepa_fast.reference_masks import MaskSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = MaskSpec(1, 2, False, 14, 14, 4, 6, 6, 13, 13, 10, 45)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package folder with the sources and no library, an empty cache, and no earlier answer."""
+    folder = tmp_path / "package"
+    shutil.copytree(native.PACKAGE / "csrc", folder / "csrc")
+    monkeypatch.setattr(native, "PACKAGE", folder)
+    monkeypatch.setenv("CJEPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    native._load.cache_clear()
+    yield folder
+    native._load.cache_clear()
+
+
+@pytest.fixture
+def compiler(package: Path) -> None:
+    try:
+        native._compiler()
+    except native._Unavailable as reason:
+        pytest.skip(f"nothing to build with: {reason}")
+
+
+def reload() -> str | None:
+    native._load.cache_clear()
+    return native.why_unavailable()
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache").iterdir())
+
+
+def test_builds_once_into_the_cache(
+    package: Path, compiler: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, native.__name__)
+    assert reload() is None
+    (library,) = cached(tmp_path)
+    assert native.source_hash() in library.name and len(caplog.records) == 1
+    before = library.stat().st_mtime_ns
+    assert reload() is None
+    assert library.stat().st_mtime_ns == before and len(caplog.records) == 1
+    assert native.sample_masks(SPEC, np.arange(3))[0].shape == (3, 45)
+
+
+def test_two_processes_may_build_at_once(package: Path, compiler: None, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from cjepa_fast import native; "
+        f"native.PACKAGE = Path({str(package)!r}); sys.exit(native.why_unavailable())"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [(run.communicate()[1], run.returncode) for run in runs] == [("", 0), ("", 0)]
+    assert len(cached(tmp_path)) == 1
+
+
+def test_without_a_compiler_numpy_serves_and_says_so(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(RuntimeWarning, match=r"20 times slower.*no C\+\+ compiler"):
+        sampler = MultiBlockSampler(seed=3)
+    assert sampler.impl == "numpy"
+    with warnings.catch_warnings():  # one who asked for it is not warned
+        warnings.simplefilter("error")
+        asked = MultiBlockSampler(seed=3, impl="numpy")
+    assert torch.equal(sampler.sample(0, range(4)).context, asked.sample(0, range(4)).context)
+    with pytest.raises(UserError, match=r"impl='native'.*no C\+\+ compiler"):
+        MultiBlockSampler(impl="native")
+
+
+def test_a_failing_compiler_is_named(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in str(reload())
+    (package / "csrc" / "mask_sampler.cpp").write_text("#error not today\n")
+    monkeypatch.delenv("CXX")
+    if shutil.which("g++"):
+        assert "not today" in str(reload())
+        assert cached(tmp_path) == []
+
+
+def test_an_unwritable_cache_is_named(package: Path, compiler: None, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert str(tmp_path / "cache") in str(reload())
+
+
+def test_a_prebuilt_library_is_used_unless_stale(
+    package: Path, compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native._build(package / "_native.test.so")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert reload() is None
+    assert not (tmp_path / "cache").exists()
+    with (package / "csrc" / "mask_sampler.cpp").open("a") as source:
+        source.write("// changed\n")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        assert "no C++ compiler" in str(reload())
+    assert reload() is None
+    assert len(cached(tmp_path)) == 1
+
+
+def test_a_broken_file_in_the_cache_is_replaced(package: Path, compiler: None, tmp_path: Path) -> None:
+    library = native._cached_path()
+    native._build(library)
+    whole = library.read_bytes()
+    library.write_bytes(whole[:100])
+    assert reload() is None
+    assert (cached(tmp_path), library.stat().st_size) == ([library], len(whole))
+
+
+def test_setup_builds_the_same_library(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="setup.py needs setuptools")
+    if (reason := native.why_unavailable()) is not None:
+        pytest.skip(f"nothing to build with: {reason}")
+    folders = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (library,) = (tmp_path / "lib" / "cjepa_fast").glob("_native*.so")
+    assert native._open(library) is not None

@@ -1,0 +1,261 @@
+"""The main job as a user runs it: records, exact resume, 2 processes, speed settings that change nothing, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from cjepa_fast import checkpoint
+from cjepa_fast.train import main
+
+STEPS = 12
+SMALL = (
+    "--model.encoder vit_demo --model.image-size 24 --model.patch-size 4 --model.predictor-depth 1 "
+    "--model.predictor-width 48 --model.precision fp32 --mask.min-keep 3 --loss.vicreg-weight 0.01 "
+    f"--optim.batch-size 8 --optim.steps {STEPS} --optim.warmup-epochs 0.2 --run.log-every 1 --run.checkpoint-every 7 "
+    "--runtime.data-threads 1 --runtime.device cpu"
+).split()  # fmt: skip
+CLOCKS = {"images_per_s", "data_wait_ms", "seconds"}
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (root / label).mkdir()
+        for i in range(20):
+            pixels = generator.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((35, 30)).save(root / label / f"{i}.jpg")
+    return root
+
+
+def run(images: Path, out: Path, *more: str) -> list[dict[str, Any]]:
+    assert main([*SMALL, "--data.root", str(images), "--run.dir", str(out), *more]) == 0
+    return metrics(out)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clocks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+
+
+def tensors(step: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    dcp_to_torch_save(step, scratch)
+    return torch.load(scratch)
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, "-m", "cjepa_fast.train", *arguments], capture_output=True, text=True, env=environment, timeout=200
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    run(images, out)
+    return out
+
+
+def test_records(straight: Path) -> None:
+    lines = metrics(straight)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    wanted = {"loss", "loss_prediction", "loss_sim", "loss_std", "loss_cov", "lr", "weight_decay", "ema"}
+    wanted |= {"feature_std", "rankme", "cosine_gap", "images_per_s", "data_wait_ms", "epoch"}
+    assert all(wanted <= line.keys() for line in lines) and "knn_top1" in lines[-1]
+    weighted = 0.01 * (25 * lines[3]["loss_sim"] + 25 * lines[3]["loss_std"] + lines[3]["loss_cov"])
+    assert lines[3]["loss"] == pytest.approx(lines[3]["loss_prediction"] + weighted, rel=1e-5)
+    state = json.loads((straight / "run_state.json").read_text())
+    assert state["status"] == "completed" and state["step"] == STEPS and 0 <= state["untrained"] <= 1
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["step-00000007", "step-00000012"]
+    assert "vit_demo" in (straight / "config.yaml").read_text()
+
+
+def test_resume_is_exact(straight: Path, tmp_path: Path) -> None:
+    resumed = tmp_path / "resumed"
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000012")
+    with open(resumed / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "torn')  # as a crash leaves it
+    assert main(["--resume", str(resumed)]) == 0
+    assert without_clocks(metrics(resumed)) == without_clocks(metrics(straight))
+    ours = tensors(resumed / "checkpoints" / "step-00000012", tmp_path / "a.pt")
+    theirs = tensors(straight / "checkpoints" / "step-00000012", tmp_path / "b.pt")
+    assert ours.keys() == theirs.keys() and len(ours) > 100
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_resume_refuses_another_model_and_a_run_without_checkpoints(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*"))
+    assert main(["--resume", str(straight), "--model.encoder", "vit_pico"]) == 2
+    assert "model.encoder: vit_demo -> vit_pico" in capsys.readouterr().err
+    assert sorted((p, p.stat().st_mtime_ns) for p in straight.rglob("*")) == before
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(straight / "config.yaml", bare)
+    assert main(["--resume", str(bare)]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -> None:
+    more = ["--optim.steps", "20", "--run.checkpoint-every", "11"]
+    alone = run(images, tmp_path / "alone", *more)
+    arguments = [*SMALL, "--data.root", str(images), "--run.dir", str(tmp_path / "many"), *more]
+    done = torchrun(processes, *arguments)
+    assert done.returncode == 0, done.stderr
+    together = metrics(tmp_path / "many")
+    assert len(together) == len(alone) == 20
+    for a, b in zip(alone, together, strict=True):
+        for key in ("loss", "loss_prediction", "loss_sim", "loss_std"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), f"step {a['step']}: {key}"
+        assert b["cosine_gap"] == pytest.approx(a["cosine_gap"], abs=0.2)  # other images stand for "another image"
+    assert together[-1]["knn_top1"] == alone[-1]["knn_top1"]
+
+    shutil.rmtree(tmp_path / "many" / "checkpoints" / "step-00000020")
+    done = torchrun(processes, "--resume", str(tmp_path / "many"))
+    assert done.returncode == 0, done.stderr
+    again = without_clocks(metrics(tmp_path / "many"))
+    assert again == without_clocks(together), "a resume on the same world size is exact"
+
+
+@pytest.mark.parametrize(
+    ("setting", "tolerance"),
+    [
+        (["--runtime.prefetch", "4"], 0),
+        (["--runtime.data-threads", "3"], 0),
+        (["--runtime.accumulate", "2"], 1e-5),
+        (["--runtime.cpu-threads", "2"], 1e-5),
+        (["--runtime.kernels", "eager"], 0),
+        (["--runtime.fsdp-blocks", "1"], 0),
+        (["--runtime.compile", "on"], 1e-5),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_speed_settings_change_nothing(
+    images: Path, straight: Path, tmp_path: Path, setting: Sequence[str], tolerance: float
+) -> None:
+    steps = ["--optim.steps", "3"] if "--runtime.compile" in setting else []
+    threads = torch.get_num_threads()
+    try:
+        ours = run(images, tmp_path / "run", *setting, *steps)
+    finally:
+        torch.set_num_threads(threads)
+    theirs = run(images, tmp_path / "plain", *steps) if steps else metrics(straight)
+    for a, b in zip(theirs, ours, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=tolerance, abs=0), f"step {a['step']}"
+
+
+def test_a_request_to_stop_ends_in_a_checkpoint(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--data.root", str(images), "--run.dir", str(out), "--optim.steps", "5000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "cjepa_fast.train", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        while not (out / "metrics.jsonl").exists() or not metrics(out):
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "continue with --resume" in output
+    state = json.loads((out / "run_state.json").read_text())
+    assert state["status"] == "preempted" and 0 < state["step"] < 5000
+    assert (out / "checkpoints" / f"step-{state['step']:08d}" / checkpoint.MANIFEST).exists()
+
+
+def test_bare_images_train_without_a_probe(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in images.glob("*/*.jpg"):
+        shutil.copy(path, flat / f"{path.parent.name}{path.name}")
+    lines = run(flat, tmp_path / "run", "--optim.steps", "2", "--optim.warmup-epochs", "0")
+    assert all("knn_top1" not in line for line in lines) and "no 20-NN probe" in capsys.readouterr().out
+
+
+def test_check_prints_and_leaves(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main([*SMALL, "--data.root", str(images), "--run.dir", str(out), "--check"]) == 0
+    printed = capsys.readouterr().out
+    for text in ("batch_size: 8", "40 images in 2 class folders", "GFLOP", "parameters", "memory"):
+        assert text in printed, text
+    assert not out.exists()
+
+
+def broken(folder: Path, name: str, content: bytes) -> Path:
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["plain", "check"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optim.lrr", "1"], "--optim.lr"),
+        (["--optim.lr", "fast"], "optim.lr"),
+        (["--preset", "demoo"], "demo"),
+        (["--model.patch-size", "5"], "model.image_size: 24"),
+        (["--data.root", "{tmp}/none"], "none"),
+        (["--data.root", "{tmp}/empty"], "empty"),
+        (["--data.root", "{tmp}/text"], "fake.jpg"),
+        (["--data.root", "{tmp}/text/fake.jpg"], "fake.jpg"),
+        (["--optim.batch-size", "400"], "400"),
+        (["--optim.warmup-epochs", "9"], "warm"),
+        (["--run.dir", "{tmp}/text"], "--resume"),
+        (["--data.probe-root", "{tmp}/other"], "classes"),
+        (["--config", "{tmp}/typo.yaml"], "optim.lr"),
+        (["--resume", "{tmp}/empty"], "config.yaml"),
+        (["--mask.min-keep", "30"], "min_keep"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    broken(tmp_path / "text", "fake.jpg", b"<html>not an image</html>")
+    for label in ("x", "y"):
+        shutil.copytree(images / "cat", tmp_path / "other" / label)
+    (tmp_path / "typo.yaml").write_text("optim:\n  lrr: 1e-4\n")
+    before = sorted(tmp_path.rglob("*"))
+    base = [] if "--resume" in arguments else [*SMALL, "--data.root", str(images), "--run.dir", str(tmp_path / "run")]
+    more = [argument.format(tmp=tmp_path) for argument in arguments]
+    assert main([*base, *more, *(["--check"] if how == "check" else [])]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.err.startswith("error: ") and message in captured.err
+    assert "Traceback" not in captured.err and captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_world_that_does_not_divide_the_batch(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for setting in ("RANK=0", "WORLD_SIZE=3", "LOCAL_RANK=0", "MASTER_ADDR=localhost", "MASTER_PORT=1"):
+        monkeypatch.setenv(*setting.split("="))
+    assert main([*SMALL, "--data.root", str(images)]) == 2
+    error = capsys.readouterr().err
+    assert "8" in error and "3" in error and error.count("\n") == 1
