@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cjepa_fast import checkpoint, config, cost, data, distributed, health, ops, optim, vit
+from cjepa_fast import checkpoint, cli, config, cost, data, distributed, health, ops, optim, vit
 from cjepa_fast.cache import cached_folder
 from cjepa_fast.demo_data import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.errors import UserError
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = config.read_world(os.environ)
         if world.rank > 0:
             logging.disable(logging.INFO)
-        return train(config.load(sys.argv[1:] if argv is None else argv), world)
+        return train(cli.load(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
         if "world" not in locals() or world.rank == 0 or dist.is_initialized():  # one line, not one per process
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist.destroy_process_group()
 
 
-def train(command: config.Command, world: config.World) -> int:
+def train(command: cli.Command, world: config.World) -> int:
     """Trains, or checks, what `command` asks for as process `world`; returns the exit code."""
     c, resume = command.config, command.resume
     started = time.perf_counter()

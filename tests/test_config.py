@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from cjepa_fast.cli import load
 from cjepa_fast.config import (
     Config,
     World,
@@ -18,7 +19,6 @@ from cjepa_fast.config import (
     differences,
     get,
     keys,
-    load,
     read_world,
     replace,
     to_yaml,
