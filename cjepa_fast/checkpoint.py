@@ -74,12 +74,19 @@ def save(folder: Path, step: int, state: dict[str, Tensor], *, keep: int, extra:
     return final
 
 
+def require(folder: Path) -> None:
+    """Raises UserError if `folder` holds no checkpoint."""
+    if not _steps(folder):
+        raise UserError(f"{folder}: no checkpoint there; start a new run without --resume")
+
+
 def load(folder: Path, state: dict[str, Tensor]) -> tuple[int, dict[str, Any]]:
     """Loads the newest valid checkpoint of `folder` into the tensors of `state`, in place, for any world size.
 
     A damaged checkpoint is named and the one before it taken. Returns the step and the manifest's `extra`.
     Raises UserError if there is none, or none is valid: never a silent start from scratch.
     """
+    require(folder)
     candidates = list(reversed(_steps(folder)))
     for candidate in candidates:
         if fault := _fault(candidate):
@@ -92,9 +99,7 @@ def load(folder: Path, state: dict[str, Tensor]) -> tuple[int, dict[str, Any]]:
             raise UserError(f"{candidate}: does not fit this run's networks: {detail}") from None
         manifest = json.loads((candidate / MANIFEST).read_text())
         return manifest["step"], manifest["extra"]
-    if candidates:
-        raise UserError(f"{folder}: none of the {len(candidates)} checkpoints is intact; start a new run")
-    raise UserError(f"{folder}: no checkpoint there; start a new run without --resume")
+    raise UserError(f"{folder}: none of the {len(candidates)} checkpoints is intact; start a new run")
 
 
 def _dcp(call: Callable[..., Any], state: dict[str, Tensor], folder: Path) -> None:

@@ -8,6 +8,7 @@ RUN/checkpoints/     see cjepa_fast.checkpoint
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -29,6 +30,16 @@ def refuse_existing(directory: Path) -> None:
         raise UserError(f"run.dir: {directory} exists; continue it with --resume {directory}, or name another")
 
 
+def require_sinks(*, tensorboard: bool, wandb_project: str | None) -> None:
+    """Raises UserError if a sink that is asked for is not installed."""
+    for key, wanted, package in (
+        ("run.tensorboard", tensorboard, "tensorboard"),
+        ("run.wandb", wandb_project is not None, "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UserError(f"{key}: {package} is not installed; pip install 'cjepa-fast[{package}]', or leave it out")
+
+
 class RunDirectory:
     """Writes a run's records; made on rank 0 only.
 
@@ -38,7 +49,7 @@ class RunDirectory:
         resume_step: on resume, the step of the loaded checkpoint: later lines of metrics are dropped, for they are
             about to be written again.
         total_steps: for the progress bar.
-        tensorboard, wandb_project: optional further sinks; UserError names the missing package.
+        tensorboard, wandb_project: optional further sinks, see `require_sinks`.
     """
 
     def __init__(
@@ -69,9 +80,13 @@ class RunDirectory:
             _replace(directory / METRICS, text)
         self._file = open(directory / METRICS, "a", buffering=1)  # noqa: SIM115 - open for the run's life
         if tensorboard:
-            self._tensorboard = _summary_writer(directory)
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(directory))
         if wandb_project is not None:
-            self._wandb = _wandb_run(wandb_project, directory)
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb = wandb.init(project=wandb_project, dir=str(directory), name=directory.name)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -134,19 +149,3 @@ def _replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _summary_writer(directory: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("run.tensorboard: tensorboard is missing; pip install 'cjepa-fast[tensorboard]'") from None
-    return SummaryWriter(str(directory))
-
-
-def _wandb_run(project: str, directory: Path) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("run.wandb: wandb is missing; pip install 'cjepa-fast[wandb]'") from None
-    return wandb.init(project=project, dir=str(directory), name=directory.name, resume="allow")

@@ -28,7 +28,7 @@ from cjepa_fast.errors import UserError
 from cjepa_fast.losses import Projector
 from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.probe import Probe
-from cjepa_fast.run import CHECKPOINTS, RunDirectory, refuse_existing
+from cjepa_fast.run import CHECKPOINTS, RunDirectory, refuse_existing, require_sinks
 from cjepa_fast.step import LossWeights, Networks, Terms, ema_update, forward_backward
 
 FEATURE_ROWS = 2048  # images behind feature_std and RankMe: the last ones of the interval
@@ -61,7 +61,10 @@ def train(command: cli.Command, world: config.World) -> int:
     config.validate_world(c, world.size)
     device = pick_device(c.runtime.device, world.local_rank)
     ops.require(c.runtime.kernels, device.type)
-    if c.run.dir is not None and resume is None:
+    require_sinks(tensorboard=c.run.tensorboard, wandb_project=c.run.wandb)
+    if resume is not None:
+        checkpoint.require(resume / CHECKPOINTS)
+    elif c.run.dir is not None:
         refuse_existing(c.run.dir)
     root, probe_root = c.data.root, c.data.probe_root
     if root is None:

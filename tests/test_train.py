@@ -151,6 +151,11 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
         (["--runtime.accumulate", "2"], 1e-5),
         (["--runtime.cpu-threads", "2"], 1e-5),
         (["--runtime.kernels", "eager"], 0),
+        pytest.param(
+            ["--runtime.kernels", "triton"],
+            1e-5,
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"),
+        ),
         (["--runtime.fsdp-blocks", "1"], 0),
         (["--runtime.compile", "on"], 1e-5),
     ],
@@ -230,12 +235,21 @@ def broken(folder: Path, name: str, content: bytes) -> Path:
         (["--config", "{tmp}/typo.yaml"], "optim.lr"),
         (["--resume", "{tmp}/empty"], "config.yaml"),
         (["--mask.min-keep", "30"], "min_keep"),
+        (["--runtime.kernels", "triton"], "runtime.kernels: triton cannot run"),
+        (["--run.wandb", "project"], "cjepa-fast[wandb]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, arguments: list[str], message: str
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as a user's shell is
     (tmp_path / "empty").mkdir()
     broken(tmp_path / "text", "fake.jpg", b"<html>not an image</html>")
     for label in ("x", "y"):
