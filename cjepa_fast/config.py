@@ -61,7 +61,9 @@ class MaskConfig:
     num_targets: int = 4
     """Target blocks per image."""
     min_keep: int = 10
-    """A context with no more than this many patches is drawn again."""
+    """Fewest patches of a target block and of a context."""
+    context_keep: int | None = None
+    """Context patches of every image in fixed mode; None takes what leaves 127 of 128 images their blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,17 @@
-"""The demo dataset: ten letters laid in mosaic, on which a tiny C-JEPA visibly learns in about a minute on a CPU.
+"""The demo dataset: ten letters laid in mosaic, on which a tiny C-JEPA visibly learns in a minute on a CPU.
 
-Each image is a mosaic of about 144 irregular tiles. The tiles nearest to the strokes of a letter are lighter on average;
-every tile also has its own random colour, lightness and contrast, and the letter its own place, size, aspect and tilt.
-Two further nuisances are removed from the reach of simple statistics: every letter lights the same share of the tiles (a
-larger letter has thinner strokes), and the mean of every image is mid-grey before clipping.
+Each image is a mosaic of about 144 irregular tiles; those nearest to the strokes of a letter are lighter on
+average. The nuisances: every tile has its own colour, lightness and contrast, every pixel its noise, and each
+letter its place, size, aspect and tilt. Image-wide colour and contrast say nothing of the class: every letter
+lights the same share of the tiles (larger ones have thinner strokes), and the mean of each image is mid-grey.
 
-Why so: the class is the layout, the one thing that some patches tell about the others, so predicting masked patches calls
-for it, while tile colours and noise are independent between places. Pooling over patches hides a layout from an untrained
-encoder. Sharp strokes (an untrained encoder reads their edges), textures and free mean colours (the variance term then
-amplifies image-wide colour) were tried and learned little or nothing.
+Why so: the layout is the class and the one thing that some patches tell about the others, so the prediction of
+masked patches calls for it, while tile colours are independent between places. A layout is plain in the pixels
+(20-NN on a 6 x 6 thumbnail: 98 %), but tokens pooled over the image show it only once they encode it.
+Measured with a prototype of width 96, depth 3 and 36 tokens, about 40 s on one core, one seed, chance 10 %,
+20-NN of pooled target features before and after: about 17 and 64 %. Same letters with sharp strokes: 28 and 41 %
+(edges are read untrained); with free mean colours: 15 and 22 %; quilts of ten patterns: 46 and 48 % at best
+(image-wide colour and statistics are amplified first).
 """
 
 from __future__ import annotations
@@ -45,14 +48,12 @@ _STROKES: dict[str, tuple[tuple[float, float, float, float], ...]] = {
 CLASSES: tuple[str, ...] = tuple(_STROKES)
 
 
-def write_demo_dataset(
-    root: Path, *, train_per_class: int = 300, test_per_class: int = 100, seed: int = 0
-) -> None:
-    """Write `root/{train,test}/<class>/NNNNN.jpg`: RGB, `IMAGE_SIZE` pixels square, about 2 kB each.
+def write_demo_dataset(root: Path, *, train_per_class: int = 300, test_per_class: int = 100, seed: int = 0) -> None:
+    """Write `root/{train,test}/<class>/NNNNN.jpg`: RGB, `IMAGE_SIZE` pixels square, 2 to 3 kB each.
 
-    The same seed gives the same pixels before JPEG coding (and the same files under the same Pillow). The two splits and
-    the classes draw from separate streams, so the size of one split does not change the other. `root` must be new or
-    empty; caching and the atomic rename are the caller's.
+    The same seed gives the same files (under the same NumPy and Pillow). Each split and class draws from its own
+    stream, and more images per class only add files: the first ones stay the same. `root` must be new or empty:
+    an existing class folder raises `FileExistsError`. Caching and the atomic rename are the caller's.
     """
     from PIL import Image
 
@@ -64,13 +65,16 @@ def write_demo_dataset(
                 Image.fromarray(image).save(folder / f"{i:05d}.jpg", quality=JPEG_QUALITY)
 
 
-def _images(letter: str, n: int, seed: tuple[int, ...], chunk: int = 100) -> Iterator[np.ndarray]:
-    """Yield n images [IMAGE_SIZE, IMAGE_SIZE, 3] uint8, made a chunk at a time to bound memory."""
+def _images(letter: str, n: int, seed: tuple[int, ...], chunk: int = 20) -> Iterator[np.ndarray]:
+    """Yield n images [IMAGE_SIZE, IMAGE_SIZE, 3] uint8.
+
+    Whole chunks are drawn, so that image i does not depend on n; small ones keep the arrays in cache.
+    """
     import numpy as np
 
     rng = np.random.default_rng(seed)
     for start in range(0, n, chunk):
-        yield from _mosaic(letter, min(chunk, n - start), rng)
+        yield from _mosaic(letter, chunk, rng)[: n - start]
 
 
 def _mosaic(letter: str, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -78,13 +82,13 @@ def _mosaic(letter: str, n: int, rng: np.random.Generator) -> np.ndarray:
     import numpy as np
 
     f32 = np.float32
-    grid = TILES + 3  # one tile of margin before the image, two after, for the random offset and the neighbours
+    grid = TILES + 3  # margins for the random offset and for the neighbours
     # Tile seeds in tile units: one per cell of a grid, jittered. [n, grid * grid, 2] as (y, x)
     cell = np.stack(np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij"), -1).reshape(-1, 2)
     seeds = (cell + rng.uniform(0.1, 0.9, (n, grid * grid, 2))).astype(f32)
     origin = (1 + rng.uniform(0, 1, (n, 2))).astype(f32)  # where the image's corner lies on the grid
 
-    # The nearest seed of each pixel is in the pixel's own cell or one of its eight neighbours (Voronoi tiles).
+    # A pixel belongs to the nearest seed of its own cell and the eight around it: Voronoi tiles, near enough.
     pixel = (np.arange(IMAGE_SIZE, dtype=f32) + 0.5) * (TILES / IMAGE_SIZE)
     y = (pixel + origin[:, :1])[:, :, None]  # [n, H, 1]
     x = (pixel + origin[:, 1:])[:, None, :]  # [n, 1, W]
@@ -110,7 +114,10 @@ def _mosaic(letter: str, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _lit(seeds: np.ndarray, letter: str, rng: np.random.Generator) -> np.ndarray:
-    """Which tiles the letter lights: the `INK_SHARE` nearest to its strokes. Seeds [n, T, 2], image = [-1, 1]^2."""
+    """The tiles that the letter lights, [n, T] bool: the `INK_SHARE` nearest to its strokes.
+
+    seeds: [n, T, 2] as (y, x), in units where the image is [-1, 1]^2.
+    """
     import numpy as np
 
     n = len(seeds)

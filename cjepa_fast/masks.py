@@ -166,6 +166,7 @@ class MultiBlockSampler:
         context_scale: area of the square context window as a fraction of the grid.
         num_targets: target blocks per image, M.
         min_keep: fewest patches of a target block and of a context (faithful: one more than this).
+        context_keep: Kc for every block size instead of the quantile; fixed mode only.
         impl: "native" (C++), "numpy" (same bits), or "auto": native if it is there or can be built.
 
     Raises:
@@ -183,6 +184,7 @@ class MultiBlockSampler:
         context_scale: Sequence[float] = (0.85, 1.0),
         num_targets: int = 4,
         min_keep: int = 10,
+        context_keep: int | None = None,
         impl: str = "auto",
     ) -> None:
         sides = tuple(grid) if isinstance(grid, Sequence) else (grid, grid)
@@ -196,6 +198,11 @@ class MultiBlockSampler:
         self.seed = _check_int("seed", seed, 0, 2**64 - 1)
         self.num_targets = _check_int("num_targets", num_targets, 1, _MAX_TARGETS)
         self.min_keep = _check_int("min_keep", min_keep, 1, _MAX_SIDE**2)
+        self.context_keep = None if context_keep is None else _check_int("context_keep", context_keep, 1, _MAX_SIDE**2)
+        if context_keep is not None and mode == "faithful":
+            raise UserError(
+                f"context_keep={context_keep} has no meaning in faithful mode, whose Kc varies: leave it out"
+            )
         self.impl = _choose_impl(impl)
 
         self._faithful = mode == "faithful"
@@ -233,9 +240,12 @@ class MultiBlockSampler:
             window = min(self._context_sizes, key=math.prod)
             counts = _raw_counts(self.impl, self._spec(2**64 - 1, 0, (h, w), window, keep=0))
             quantile, median = int(counts[_SIMULATED // _TAIL]), int(counts[_SIMULATED // 2])
-            keep[h * w] = max(min(quantile, keep.get(h * w, quantile)), self.min_keep)
+            keep[h * w] = self.context_keep or max(min(quantile, keep.get(h * w, quantile)), self.min_keep)
             cause = f"{self.num_targets} targets of {h}x{w} often leave only {median} context patches"
-            limits.append((median, cause, "fewer num_targets, a smaller target_scale or a larger context_scale"))
+            remedy = "fewer num_targets, a smaller target_scale or a larger context_scale"
+            if keep[h * w] > max(median, self.min_keep):
+                raise UserError(f"context_keep={self.context_keep} is too many: {cause}; use less, or {remedy}")
+            limits.append((median, cause, remedy))
         allowed, cause, remedy = min(limits)
         if self.min_keep > allowed:
             lower = f"min_keep <= {allowed} or " if allowed > 0 else ""

@@ -7,31 +7,30 @@ Without arguments it trains the demo. `--check` validates everything, prints wha
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from cjepa_fast import checkpoint, cli, config, cost, data, distributed, health, ops, optim, vit
+from cjepa_fast import checkpoint, cli, config, cost, data, distributed, ops, optim, vit
 from cjepa_fast.cache import cached_folder
 from cjepa_fast.demo_data import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.errors import UserError
 from cjepa_fast.losses import Projector
 from cjepa_fast.masks import MultiBlockSampler
+from cjepa_fast.meter import Meter
 from cjepa_fast.probe import Probe
 from cjepa_fast.run import CHECKPOINTS, RunDirectory, refuse_existing, require_sinks
-from cjepa_fast.step import LossWeights, Networks, Terms, ema_update, forward_backward
+from cjepa_fast.step import LossWeights, Networks, ema_update, forward_backward
 
-FEATURE_ROWS = 2048  # images behind feature_std and RankMe: the last ones of the interval
 COLLAPSED = 0.1  # a feature_std under this share of the untrained encoder's is called a collapse
 
 
@@ -83,7 +82,7 @@ def train(command: cli.Command, world: config.World) -> int:
     sampler = MultiBlockSampler(
         c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
         target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-        min_keep=c.mask.min_keep,
+        min_keep=c.mask.min_keep, context_keep=c.mask.context_keep,
     )  # fmt: skip
     probe = None
     if source.labels is not None:
@@ -95,6 +94,8 @@ def train(command: cli.Command, world: config.World) -> int:
     elif queries is not None:
         raise UserError(f"data.probe_root: given, but data.root has no class folders to answer ({source.description})")
     if command.check:
+        if world.rank > 0:
+            return 0
         context_tokens, target_tokens = sampler.expected_tokens(c.optim.batch_size // world.size)
         print(config.to_yaml(c) + f"\ndata  {root}: {source.description}")
         print(cost.report(c, len(source), world.size, context_tokens, target_tokens))
@@ -128,14 +129,23 @@ def train(command: cli.Command, world: config.World) -> int:
     )  # fmt: skip
 
     # The run directory, and the state to continue from.
+    directory = run_directory(c, resume, device)
+    if world.rank == 0:
+        print(f"data: {root}: {source.description}; {steps_per_epoch} steps an epoch, {steps} steps in all")
+        print(f"{world.size} process(es) on {device_name(device)}, {c.model.precision}, {compiled}")
+        if probe is None:
+            print("no class folders, so no 20-NN probe: health shows in feature_std, rankme and cosine_gap", flush=True)
+        else:
+            print(probe.description, flush=True)
     first_step, untrained, initial_std = 0, None, None
     state = checkpoint.training_state(networks, optimizer)
-    directory = run_directory(c, resume, started_rank=world.rank, device=device)
     if resume is not None:
         first_step, extra = checkpoint.load(directory / CHECKPOINTS, state)
         untrained, initial_std = extra["untrained"], extra["initial_std"]
         if extra["images"] != len(source):
             raise UserError(f"data.root: {root} holds {len(source)} images, the run began with {extra['images']}")
+        if first_step == steps:
+            raise UserError(f"--resume {resume}: the run is complete, all of its {steps} steps are done")
     elif probe is not None:
         untrained = probe.accuracy(networks.target_encoder)
     records = None
@@ -144,15 +154,10 @@ def train(command: cli.Command, world: config.World) -> int:
             directory, config_yaml=None if resume is not None else config.to_yaml(c), resume_step=first_step,
             total_steps=steps, tensorboard=c.run.tensorboard, wandb_project=c.run.wandb,
         )  # fmt: skip
-        records.state("running", first_step)
+        records.state("running", first_step, untrained=untrained)
         records.say(f"run directory: {directory}")
-        records.say(f"data: {root}: {source.description}; {steps_per_epoch} steps an epoch, {steps} steps in all")
-        records.say(f"{world.size} process(es) on {device_name(device)}, {c.model.precision}, {compiled}")
-        if probe is None:
-            records.say("no class folders, so no 20-NN probe: health shows in feature_std, rankme and cosine_gap")
-        else:
-            records.say(f"{probe.description}; untrained encoder {untrained:.1%}, chance {probe.chance:.1%}")
-    interrupted = InterruptFlag()
+        if untrained is not None:
+            records.say(f"20-NN top-1 of the untrained encoder: {untrained:.1%}")
     batches = data.Batches(
         source, batch_size=c.optim.batch_size, rank=world.rank, world_size=world.size, image_size=c.model.image_size,
         seed=c.seed, first_step=first_step, last_step=steps, crop_scale=c.data.crop_scale, crop_ratio=c.data.crop_ratio,
@@ -160,9 +165,8 @@ def train(command: cli.Command, world: config.World) -> int:
     )  # fmt: skip
 
     # The loop. Nothing in it waits for the device except at the log interval.
-    features: deque[torch.Tensor] = deque(maxlen=-(-FEATURE_ROWS // c.optim.batch_size))
-    sums, waited_ms, since, counted = torch.zeros(len(Terms._fields), device=device), 0.0, time.perf_counter(), 0
-    accuracy, status, step = untrained, "completed", first_step
+    interrupted, meter = InterruptFlag(), Meter(c.optim.batch_size, device)
+    accuracy, status, done = None, "completed", first_step
     for step, batch in enumerate(batches, start=first_step):
         masks = sampler.sample(step, batch.ids)
         context, target = (indices.to(device, non_blocking=True) for indices in masks)
@@ -173,64 +177,55 @@ def train(command: cli.Command, world: config.World) -> int:
         optimizer.step()
         optimizer.zero_grad()
         ema_update(averaged, averages_of, float(schedule.ema[step]))
-        features.append(out.targets.float().mean(dim=1))
-        sums += torch.stack(out.terms)
-        waited_ms, counted, done = waited_ms + batch.wait_ms, counted + 1, step + 1
+        meter.add(out, batch.wait_ms)
 
+        done = step + 1
         last = done == steps
         probe_now = probe is not None and (last or (c.run.probe_every > 0 and done % c.run.probe_every == 0))
         save_now = last or done % c.run.checkpoint_every == 0
+        if not (done % c.run.log_every == 0 or probe_now or save_now):
+            continue
         # a checkpoint ends an interval, so that a resumed run writes the same lines
-        if done % c.run.log_every == 0 or save_now or probe_now:
-            gap = health.cosine_gap(out.predictions, out.targets, target)
-            waited = torch.tensor([waited_ms, float(interrupted)], device=device)
-            means = distributed.mean_over_ranks(torch.cat([sums, gap[None], waited])).tolist()
-            loss, prediction, sim, std, cov, gap, waited_ms, stop = (*(v / counted for v in means[:5]), *means[5:])
-            seconds = time.perf_counter() - since
-            recent = distributed.gather_rows(torch.cat(list(features)))
-            feature_std, rank = float(health.feature_std(recent)), float(health.rankme(recent))
-            initial_std = feature_std if initial_std is None else initial_std
-            values: dict[str, Any] = {
-                "step": done, "epoch": done / steps_per_epoch, "loss": loss, "loss_prediction": prediction,
-                "loss_sim": sim, "loss_std": std, "loss_cov": cov, "lr": schedule.lr[step],
-                "weight_decay": schedule.weight_decay[step], "ema": schedule.ema[step], "feature_std": feature_std,
-                "rankme": rank, "cosine_gap": gap, "images_per_s": counted * c.optim.batch_size / seconds,
-                "data_wait_ms": waited_ms / counted, "seconds": time.perf_counter() - started,
-            }  # fmt: skip
-            if not np.isfinite(loss):
-                status = "failed"
-                break
-            if probe_now and probe is not None:
-                accuracy = values["knn_top1"] = probe.accuracy(networks.target_encoder)
+        figures, stop = meter.read(out, target, stop=interrupted.is_set)
+        values: dict[str, Any] = {
+            "step": done, "epoch": done / steps_per_epoch, "lr": schedule.lr[step],
+            "weight_decay": schedule.weight_decay[step], "ema": schedule.ema[step], **figures,
+        }  # fmt: skip
+        if not math.isfinite(figures["loss"]):
+            status = "failed"
+            break
+        if probe is not None and probe_now:
+            accuracy = values["knn_top1"] = probe.accuracy(networks.target_encoder)
+        initial_std = initial_std or figures["feature_std"]
+        if records is not None:
+            records.log(values)
+            if figures["feature_std"] < COLLAPSED * initial_std:
+                records.say(
+                    f"warning: step {done}: feature_std fell from {initial_std:.3f} to {figures['feature_std']:.3f}: "
+                    "the embeddings collapse; lower optim.lr or raise loss.vicreg_weight"
+                )
+        if stop and not last:
+            status = "preempted"
+        if save_now or stop:
+            checkpoint.save(
+                directory / CHECKPOINTS, done, state, keep=c.run.keep_checkpoints,
+                extra={"untrained": untrained, "images": len(source), "initial_std": initial_std},
+            )  # fmt: skip
             if records is not None:
-                records.log(values)
-                if feature_std < COLLAPSED * initial_std:
-                    records.say(f"warning: step {done}: feature_std fell from {initial_std:.3f} to {feature_std:.3f}: "
-                                "the embeddings collapse; lower optim.lr or raise loss.vicreg_weight")  # fmt: skip
-            if stop > 0 and not last:
-                status = "preempted"
-            if save_now or status == "preempted":
-                checkpoint.save(
-                    directory / CHECKPOINTS, done, state, keep=c.run.keep_checkpoints,
-                    extra={"untrained": untrained, "images": len(source), "initial_std": initial_std},
-                )  # fmt: skip
-                if records is not None:
-                    records.state("running", done, untrained=untrained, knn_top1=accuracy)
-            if status == "preempted":
-                break
-            sums.zero_()
-            features.clear()
-            waited_ms, since, counted = 0.0, time.perf_counter(), 0
+                records.state("running", done, untrained=untrained, knn_top1=accuracy)
+        if status == "preempted":
+            break
+        meter.restart()
     batches.close()
 
     # What came of it.
     if records is not None:
-        records.state(status, step + 1, untrained=untrained, knn_top1=accuracy)
+        records.state(status, done, untrained=untrained, knn_top1=accuracy)
         if status == "failed":
-            records.say(f"error: the loss is not finite at step {step + 1}; lower optim.lr in a new run")
+            records.say(f"error: the loss is not finite at step {done}; lower optim.lr in a new run")
         elif status == "preempted":
-            records.say(f"stopped on request after step {step + 1}; continue with --resume {directory}")
-        elif probe is not None and accuracy is not None and untrained is not None:
+            records.say(f"stopped on request after step {done}; continue with --resume {directory}")
+        elif probe is not None:
             trained = f"target encoder {accuracy:.1%}, untrained encoder {untrained:.1%}, chance {probe.chance:.1%}"
             records.say(f"20-NN top-1: {trained}")
         records.say(f"run directory: {directory} ({time.perf_counter() - started:.0f} s)")
@@ -291,7 +286,7 @@ def compile_blocks(networks: Networks, wanted: str, device: torch.device) -> str
     return "compiled"
 
 
-def run_directory(c: config.Config, resume: Path | None, *, started_rank: int, device: torch.device) -> Path:
+def run_directory(c: config.Config, resume: Path | None, device: torch.device) -> Path:
     """The folder of the run: given, resumed, or runs/ENCODER-TIME as rank 0's clock has it."""
     if resume is not None or c.run.dir is not None:
         return resume or c.run.dir or Path()
@@ -305,17 +300,14 @@ class InterruptFlag:
     """Set by SIGTERM or SIGINT, acted on at the next log line so that all ranks agree; a second one ends at once."""
 
     def __init__(self) -> None:
-        self._set = False
+        self.is_set = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._set:
+        if self.is_set:
             os._exit(128 + number)
-        self._set = True
-
-    def __float__(self) -> float:
-        return float(self._set)
+        self.is_set = True
 
 
 if __name__ == "__main__":

@@ -395,3 +395,17 @@ def test_bad_steps_and_ids_are_refused_with_the_value(step: int, ids: list[int],
     with pytest.raises(UserError) as refused:
         MultiBlockSampler().sample(step, ids)
     assert word in str(refused.value)
+
+
+def test_context_keep_replaces_the_quantile() -> None:
+    sampler = MultiBlockSampler(8, min_keep=4, context_keep=15)
+    for step in range(20):
+        masks = sampler.sample(step, range(64))
+        assert masks.context.shape == (64, 15)
+        for context, target in zip(masks.context, masks.target, strict=True):
+            assert not set(context.tolist()) & set(target.flatten().tolist())
+    assert {keep for _, keep, _ in sampler.shapes()} == {15}
+    with pytest.raises(UserError, match=r"context_keep=40 is too many: 4 targets of .* often leave only"):
+        MultiBlockSampler(8, min_keep=4, context_keep=40)
+    with pytest.raises(UserError, match="context_keep=9 has no meaning in faithful mode"):
+        MultiBlockSampler(8, "faithful", min_keep=4, context_keep=9)

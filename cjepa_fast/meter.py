@@ -1,0 +1,62 @@
+"""What happens between two lines of metrics, kept on the device and read once at the end of the interval."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from cjepa_fast.distributed import gather_rows, mean_over_ranks, world_size
+from cjepa_fast.health import cosine_gap, feature_std, rankme
+from cjepa_fast.step import StepOutput, Terms
+
+FEATURE_ROWS = 2048  # images behind feature_std and RankMe: the last ones of the interval
+
+
+class Meter:
+    """Averages of an interval. `add` never waits for the device; `read` does, and starts the next interval."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self._batch_size = batch_size  # of all ranks
+        self._sums = torch.zeros(len(Terms._fields), device=device)
+        self._features: deque[Tensor] = deque(maxlen=-(-FEATURE_ROWS // batch_size))
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a new interval now."""
+        self._sums.zero_()
+        self._features.clear()
+        self._steps, self._waited_ms, self._since = 0, 0.0, time.perf_counter()
+
+    def add(self, out: StepOutput, wait_ms: float) -> None:
+        """Records one step of this rank: its results, and how long it waited for data."""
+        self._sums += torch.stack(out.terms)
+        self._features.append(out.targets.float().mean(dim=1))
+        self._steps += 1
+        self._waited_ms += wait_ms
+
+    def read(self, out: StepOutput, target: Tensor, *, stop: bool) -> tuple[dict[str, float], bool]:
+        """The interval's figures over all ranks, and whether any rank wants to `stop`. Collective.
+
+        out, target: results and target indices [B, M, Kt] of the last step, for the cosine gap.
+        """
+        local_gap = cosine_gap(out.predictions, out.targets, target)
+        host = torch.tensor([self._waited_ms, float(stop)], device=local_gap.device)
+        *sums, gap, waited_ms, stops = mean_over_ranks(torch.cat([self._sums, local_gap[None], host])).tolist()
+        seconds = time.perf_counter() - self._since
+        features = gather_rows(torch.cat(list(self._features)))
+        loss, prediction, sim, std, cov = (total / self._steps for total in sums)
+        return {
+            "loss": loss,
+            "loss_prediction": prediction,
+            "loss_sim": sim,
+            "loss_std": std,
+            "loss_cov": cov,
+            "feature_std": float(feature_std(features)),
+            "rankme": float(rankme(features)),
+            "cosine_gap": gap,
+            "images_per_s": self._steps * self._batch_size / seconds,
+            "data_wait_ms": waited_ms / self._steps,
+        }, stops * world_size() > 0
