@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cjepa_fast import native, reference_masks
+from cjepa_fast import ops, reference_masks
 from cjepa_fast.errors import UserError
 from cjepa_fast.philox import philox4x32
 from cjepa_fast.reference_masks import MaskSpec
@@ -27,8 +26,6 @@ _MAX_TARGETS = 64
 _CONTEXT_ASPECT = (1.0, 1.0)
 _TAIL = 128  # Kc is the 1/128 quantile of the raw count: what the released per-GPU batch of 128 leaves
 _SIMULATED = 4096
-_IMAGES_PER_THREAD = 1024
-_MAX_THREADS = 8
 
 
 class Masks(NamedTuple):
@@ -75,36 +72,11 @@ def _size_probabilities(patches: int, scale: Range, aspect: Range, limit: Size, 
     return dict(sorted(sizes.items()))
 
 
-def _run(impl: str, spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if impl == "numpy":
-        return reference_masks.sample(spec, ids)
-    threads = max(1, min(len(ids) // _IMAGES_PER_THREAD, _MAX_THREADS))
-    return native.sample_masks(spec, ids, threads)
-
-
 @lru_cache
 def _raw_counts(impl: str, spec: MaskSpec) -> np.ndarray:
     """Context lengths before any cut, ascending, from a simulation whose key belongs to no training run."""
-    counts = _run(impl, spec, np.arange(_SIMULATED))[2]
+    counts = ops.sample_masks(spec, np.arange(_SIMULATED), impl=impl)[2]
     return np.sort(counts)
-
-
-def _choose_impl(impl: str) -> str:
-    if impl not in ("auto", "native", "numpy"):
-        raise UserError(f"impl={impl!r} is not known: use 'auto', 'native' or 'numpy'")
-    if impl == "numpy":
-        return impl
-    reason = native.why_unavailable()
-    if reason is None:
-        return "native"
-    if impl == "native":
-        raise UserError(f"impl='native' cannot be had ({reason}): install a C++ compiler or use impl='numpy'")
-    warnings.warn(
-        f"masks are sampled by NumPy, about 20 times slower than the C++ core: {reason}",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return "numpy"
 
 
 def _check_range(name: str, value: Sequence[float], upper: float) -> Range:
@@ -203,7 +175,7 @@ class MultiBlockSampler:
             raise UserError(
                 f"context_keep={context_keep} has no meaning in faithful mode, whose Kc varies: leave it out"
             )
-        self.impl = _choose_impl(impl)
+        self.impl = ops.mask_sampler(impl)
 
         self._faithful = mode == "faithful"
         self._limit = (height - 1, width - 1) if self._faithful else (height, width)
@@ -275,7 +247,7 @@ class MultiBlockSampler:
         ids = _check_ids(sample_ids)
         target, context = self.block_sizes(step)
         spec = self._spec(self.seed, step, target, context, self._keep.get(math.prod(target), 0))
-        context_index, target_index, _ = _run(self.impl, spec, ids)
+        context_index, target_index, _ = ops.sample_masks(spec, ids, impl=self.impl)
         return Masks(torch.from_numpy(context_index.astype(np.int64)), torch.from_numpy(target_index.astype(np.int64)))
 
     def shapes(self) -> tuple[tuple[float, int | None, int], ...]:

@@ -1,8 +1,8 @@
-"""The one door to the fused kernels: each operation's public face and the choice of its implementation.
+"""The one door to the fused kernels and the C++ library: each operation's public face and its implementation.
 
-Every operation takes impl = "auto", "triton" or "eager". "auto" takes the Triton kernel for CUDA tensors if Triton is
-installed and the kernel supports the arguments, else plain torch; asking for "triton" where it cannot run is an error.
-The choice and its reason are logged once. Both implementations compute the same function with the same gradients.
+Every fused operation takes impl = "auto", "triton" or "eager". "auto" takes the Triton kernel for CUDA tensors if
+Triton is installed and the kernel supports the arguments, else plain torch; asking for "triton" where it cannot run is
+an error. The choice and its reason are logged once. Both implementations compute the same function and gradients.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import warnings
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from cjepa_fast import native, reference_masks
 from cjepa_fast.errors import UserError
+from cjepa_fast.reference_masks import MaskSpec
 
 log = logging.getLogger("cjepa_fast")
 
@@ -167,3 +171,33 @@ def _triton_obstacle(device: str) -> str | None:
 @functools.cache
 def _announce(op: str, choice: str, reason: str) -> None:
     log.info("%s: %s (%s)", op, choice, reason)
+
+
+_IMAGES_PER_THREAD, _MAX_THREADS = 1024, 8  # below a thousand images a thread costs more than it samples
+
+
+def mask_sampler(impl: str) -> str:
+    """Which of "native" (C++) and "numpy" is to serve `sample_masks`, for impl = "auto", "native" or "numpy".
+
+    "auto" falls back to NumPy with a warning that says why. Raises UserError for "native" where it cannot be had.
+    """
+    if impl not in ("auto", "native", "numpy"):
+        raise UserError(f"impl={impl!r} is not known: use 'auto', 'native' or 'numpy'")
+    if impl == "numpy":
+        return impl
+    reason = native.why_unavailable()
+    if reason is None:
+        return "native"
+    if impl == "native":
+        raise UserError(f"impl='native' cannot be had ({reason}): install a C++ compiler or use impl='numpy'")
+    warnings.warn(
+        f"masks are sampled by NumPy, about 20 times slower than the C++ core: {reason}", RuntimeWarning, stacklevel=4
+    )
+    return "numpy"
+
+
+def sample_masks(spec: MaskSpec, ids: np.ndarray, *, impl: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks of the samples `ids` [B] int64: see `cjepa_fast.reference_masks.sample`; `impl` is "native" or "numpy"."""
+    if impl == "numpy":
+        return reference_masks.sample(spec, ids)
+    return native.sample_masks(spec, ids, max(1, min(len(ids) // _IMAGES_PER_THREAD, _MAX_THREADS)))
