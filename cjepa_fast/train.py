@@ -107,7 +107,7 @@ def train(command: cli.Command, world: config.World) -> int:
     distributed.connect(world.rank, world.size, device)
     torch.manual_seed(c.seed)
     networks = build_networks(c).to(device)
-    compiled = compile_blocks(networks, c.runtime.compile, device)
+    compiled = compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode == "fixed")
     dtype = networks.encoder.dtype
     for network, blocks, trained in (
         (networks.encoder, networks.encoder.blocks, True),
@@ -271,18 +271,19 @@ def build_networks(c: config.Config) -> Networks:
     return Networks(encoder, predictor, target_encoder, projector)
 
 
-def compile_blocks(networks: Networks, wanted: str, device: torch.device) -> str:
+def compile_blocks(networks: Networks, wanted: str, device: torch.device, *, static: bool) -> str:
     """Applies torch.compile to every transformer block, if wanted; returns what was chosen and why.
 
-    Block by block, because equal blocks share one compilation and FSDP2's hooks lie between them.
+    Block by block, because equal blocks share one compilation and FSDP2's hooks lie between them. `static`: token
+    counts take a few values only (one per block size), and each gets its own code.
     """
     if wanted == "off" or (wanted == "auto" and device.type == "cpu"):
         return "not compiled" + (" (auto: on a CPU compiling outlasts small runs)" if wanted == "auto" else "")
-    # a few static shapes (one per block size) times encoder, target encoder and predictor
+    # the block sizes' shapes, times encoder, target encoder and predictor
     torch._dynamo.config.recompile_limit = 64
     for blocks in (networks.encoder.blocks, networks.predictor.predictor_blocks, networks.target_encoder.blocks):
         for block in blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False if static else None)
     return "compiled"
 
 
