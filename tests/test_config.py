@@ -84,17 +84,17 @@ BAD_FLAGS = [
     ),
     (
         "--model.image-size 33",
-        "model.image_size: 33 is not a multiple of model.patch_size 4; use 32 or 36",
+        "model.image_size: 33 is not a multiple of model.patch_size 8; use 32 or 40",
     ),
     ("--model.patch-size 0", "model.patch_size: 0 is out of range; use at least 1"),
     ("--model.predictor-heads 0", "model.predictor_heads: 0 is out of range; use at least 1"),
     (
         "--model.predictor-width 50",
-        "model.predictor_width: 50 is not a multiple of 4 and of the predictor's 3 heads; use 48 or 60",
+        "model.predictor_width: 50 is not a multiple of 4 and of the predictor's 4 heads; use 48 or 52",
     ),
     (
         "--model.predictor-width 51",
-        "model.predictor_width: 51 is not a multiple of 4 and of the predictor's 3 heads; use 48 or 60",
+        "model.predictor_width: 51 is not a multiple of 4 and of the predictor's 4 heads; use 48 or 52",
     ),
     (
         "--mask.target-scale 0.2 0.1",
@@ -110,7 +110,7 @@ BAD_FLAGS = [
     ),
     (
         "--mask.target-scale 0.01 0.2",
-        "mask.target_scale: (0.01, 0.2) leaves no patch of the 64 to predict;"
+        "mask.target_scale: (0.01, 0.2) leaves no patch of the 36 to predict;"
         " raise it, or use a smaller model.patch_size",
     ),
     (
@@ -119,7 +119,7 @@ BAD_FLAGS = [
     ),
     (
         "--mask.min-keep 64",
-        "mask.min_keep: 64 is out of range; use 1 to 63, below the image's 64 patches",
+        "mask.min_keep: 64 is out of range; use 1 to 35, below the image's 36 patches",
     ),
     ("--loss.cov-weight -1", "loss.cov_weight: -1.0 is out of range; use at least 0"),
     (
@@ -135,12 +135,12 @@ BAD_FLAGS = [
     ),
     ("--optim.ema 1.1", "optim.ema: 1.1 is out of range; use 0 to 1"),
     (
-        "--optim.epochs 3 --optim.warmup-epochs 3",
+        "--optim.steps None --optim.epochs 3 --optim.warmup-epochs 3",
         "optim.warmup_epochs: 3.0 fills all of optim.epochs 3.0; use a shorter warm-up",
     ),
     (
         "--runtime.accumulate 3",
-        "runtime.accumulate: 3 does not divide optim.batch_size 64; use a divisor",
+        "runtime.accumulate: 3 does not divide optim.batch_size 128; use a divisor",
     ),
     ("--run.log-every 0", "run.log_every: 0 is out of range; use at least 1"),
     ("--run.keep-checkpoints 1", "run.keep_checkpoints: 1 is out of range; use at least 2"),
@@ -420,7 +420,8 @@ def test_read_world() -> None:
 
 
 def test_count_steps() -> None:
-    config = replace(DEMO, {"optim.batch_size": 10, "optim.epochs": 2.5, "optim.warmup_epochs": 0.5})
+    sizes = {"optim.steps": None, "optim.batch_size": 10, "optim.epochs": 2.5, "optim.warmup_epochs": 0.5}
+    config = replace(DEMO, sizes)
     steps = count_steps(config, 109)
     assert (steps.total, steps.per_epoch, steps.warmup) == (25, 10, 5)
     assert count_steps(replace(config, {"optim.steps": 7}), 109).total == 7
