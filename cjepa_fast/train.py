@@ -169,7 +169,7 @@ def train(command: cli.Command, world: config.World) -> int:
     accuracy, status, done = None, "completed", first_step
     for step, batch in enumerate(batches, start=first_step):
         masks = sampler.sample(step, batch.ids)
-        context, target = (indices.to(device, non_blocking=True) for indices in masks)
+        context, target = (to_device(indices, device) for indices in masks)
         out = forward_backward(networks, batch.images, context, target, weights, c.runtime.accumulate)
         for group in optimizer.param_groups:
             group["lr"] = float(schedule.lr[step])
@@ -244,6 +244,11 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         raise UserError(f"--nproc-per-node: process {local_rank + 1} has no GPU, torch sees {found}; start {found}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a CPU tensor; to a GPU from pinned memory, the only kind the host need not wait for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def device_name(device: torch.device) -> str:
