@@ -7,6 +7,7 @@ collective whose backward sums the upstream gradients of all ranks is then exact
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -93,6 +94,8 @@ def shard(network: nn.Module, blocks: Sequence[nn.Module], *, unit: int, trained
     """
     if world_size() == 1:
         return
+    # FSDP2 warns that an output which is a view must not be changed in place; no caller changes an output
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     device = next(network.parameters()).device.type
     mesh = init_device_mesh(device, (world_size(),))
     precise = torch.promote_types(dtype, torch.float32)

@@ -145,7 +145,7 @@ PRESETS: dict[str, Config] = {
         ),
         run=RunConfig(log_every=10, checkpoint_every=125, probe_every=50, probe_bank=3000, probe_queries=1000),
     ),
-    # CIFAR-10 on two CPU cores, about ten minutes; 20-NN moves by less than two points in that time.
+    # CIFAR-10 on two CPU cores, about eight minutes: a healthy run to look at (docs/results.md), not an accuracy.
     "cifar10_tiny": Config(
         model=ModelConfig(
             encoder="vit_pico",  # ours: width 128, depth 4, 4 heads
