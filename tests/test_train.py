@@ -24,7 +24,8 @@ from cjepa_fast.train import main
 STEPS = 12
 SMALL = (
     "--model.encoder vit_demo --model.image-size 24 --model.patch-size 4 --model.predictor-depth 1 "
-    "--model.predictor-width 48 --model.precision fp32 --mask.min-keep 3 --loss.vicreg-weight 0.01 "
+    "--model.predictor-width 48 --model.precision fp32 --mask.target-scale 0.15 0.2 --mask.min-keep 3 "
+    "--mask.context-keep None --loss.vicreg-weight 0.01 "
     f"--optim.batch-size 8 --optim.steps {STEPS} --optim.warmup-epochs 0.2 --run.log-every 1 --run.checkpoint-every 7 "
     "--runtime.data-threads 1 --runtime.device cpu"
 ).split()  # fmt: skip
