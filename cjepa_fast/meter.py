@@ -16,7 +16,7 @@ FEATURE_ROWS = 2048  # images behind feature_std and RankMe: the last ones of th
 
 
 class Meter:
-    """Averages of an interval. `add` never waits for the device; `read` does, and starts the next interval."""
+    """Averages of an interval. `add` never waits for the device, `read` does; `restart` begins the next interval."""
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
         self._batch_size = batch_size  # of all ranks

@@ -253,6 +253,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     message: str,
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as a user's shell is
+    monkeypatch.setitem(sys.modules, "wandb", None)  # missing, whatever is installed here
     (tmp_path / "empty").mkdir()
     broken(tmp_path / "text", "fake.jpg", b"<html>not an image</html>")
     for label in ("x", "y"):
