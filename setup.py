@@ -17,7 +17,7 @@ library = Extension(
 )
 
 setup(
-    packages=["cjepa_fast", "cjepa_fast.kernels"],
+    packages=["cjepa_fast", "cjepa_fast.ops", "cjepa_fast.kernels"],
     package_data={"cjepa_fast": ["csrc/*"]},  # so that an installed package can build the library at run time
     ext_modules=[library],
 )

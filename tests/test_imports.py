@@ -13,16 +13,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "cjepa_fast").glob("*.py"))
+DOOR = sorted((ROOT / "cjepa_fast" / "ops").glob("*.py"))  # may name the kernels, the extension and triton
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-EVERYTHING = [*LIBRARY, *KERNELS, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
+EVERYTHING = [*LIBRARY, *DOOR, *KERNELS, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
 
-DOORS = {"ops"}  # may name the kernels, the extension and triton
 # arrows point down only; a module that is not listed stands beside the rows
 ROWS = {
     "train": 4,
     "step": 3, "checkpoint": 3, "data": 3,
     "vit": 2, "losses": 2, "masks": 2, "optim": 2,
-    "ops": 1,
     "native": 0, "reference": 0, "reference_masks": 0,
 }  # fmt: skip
 OPTIONAL = ("triton", "nvidia.dali", "timm", "transformers", "torchvision", "tyro", "yaml", "PIL")
@@ -54,9 +53,18 @@ def test_kernels_import_torch_triton_and_siblings_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
 def test_library_reaches_kernels_through_the_door_only(path: Path) -> None:
-    if path.stem not in DOORS:
-        behind = ("cjepa_fast.kernels", "cjepa_fast.native", "triton")
-        assert [name for name in imports(path, "cjepa_fast") if within(name, behind)] == []
+    behind = ("cjepa_fast.kernels", "cjepa_fast.native", "triton")
+    assert [name for name in imports(path, "cjepa_fast") if within(name, behind)] == []
+
+
+@pytest.mark.parametrize("path", DOOR, ids=lambda path: path.stem)
+def test_the_door_leads_down_only(path: Path) -> None:
+    """Its files import each other, errors, the truth and what lies behind; kernels and triton when they are needed."""
+    allowed = ("ops", "errors", "distributed", "reference", "reference_masks", "native", "kernels")
+    names = [name for name in imports(path, "cjepa_fast.ops") if within(name, ("cjepa_fast",))]
+    assert [n for n in names if n != "cjepa_fast" and not within(n.removeprefix("cjepa_fast."), allowed)] == []
+    behind = ("cjepa_fast.kernels", "triton")
+    assert [name for name in imports(path, "cjepa_fast.ops", at_import_only=True) if within(name, behind)] == []
 
 
 def ours(path: Path, at_import_only: bool = False) -> set[str]:
@@ -113,7 +121,7 @@ def test_kernels_are_importable_from_the_bare_checkout() -> None:
 
 def test_library_imports_without_anything_optional_and_fast() -> None:
     """Time of the processor beyond torch's own import, as the machine may be busy with other things."""
-    modules = ["cjepa_fast", *(f"cjepa_fast.{path.stem}" for path in LIBRARY if not path.stem.startswith("__"))]
+    modules = ["cjepa_fast.ops", *(f"cjepa_fast.{path.stem}" for path in LIBRARY if not path.stem.startswith("__"))]
     seconds = python(f"""
 import importlib, importlib.abc, sys, time
 

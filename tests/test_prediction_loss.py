@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import losses, ops, reference
 from cjepa_fast.errors import UserError
+from cjepa_fast.ops import _choice
+from cjepa_fast.ops import _prediction_loss as door
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -165,8 +167,8 @@ def test_backward_twice_gives_the_same_gradient() -> None:
 def test_nothing_is_stored_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     predictions, targets, indices = inputs(SHAPES[1])
     asked = []
-    fused = ops._prediction_loss
-    monkeypatch.setattr(ops, "_prediction_loss", lambda *args: asked.append(args[-1]) or fused(*args))
+    fused = door._prediction_loss
+    monkeypatch.setattr(door, "_prediction_loss", lambda *args: asked.append(args[-1]) or fused(*args))
     ops.prediction_loss(predictions, targets, indices, impl="triton")
     predictions.requires_grad_()
     with torch.no_grad():
@@ -190,9 +192,9 @@ def test_fp16_gradient_survives_a_small_divisor() -> None:
 def test_registration(kind: str, with_residual: bool) -> None:
     predictions, targets, indices = inputs((2, 2, 3, 24, 9))
     predictions.requires_grad_(with_residual)
-    torch.library.opcheck(ops._prediction_loss, (predictions, targets, indices, kind, with_residual))
+    torch.library.opcheck(door._prediction_loss, (predictions, targets, indices, kind, with_residual))
     upstream = torch.tensor(0.7, device=DEVICE)
-    torch.library.opcheck(ops._prediction_loss_backward, (upstream, predictions.detach(), kind))
+    torch.library.opcheck(door._prediction_loss_backward, (upstream, predictions.detach(), kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,7 +262,7 @@ def test_shapes_that_do_not_match_are_refused() -> None:
 
 def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     predictions, targets, indices = inputs(SHAPES[4])
-    ops._announce.cache_clear()
+    _choice.announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="cjepa_fast"):
         for _ in range(2):
             ops.prediction_loss(predictions.cpu(), targets.cpu(), indices.cpu())
