@@ -154,6 +154,10 @@ class RuntimeConfig:
     """torch.compile; auto compiles on a GPU."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the fused operations; auto takes Triton on a GPU."""
+    attention: Literal[
+        "auto", "triton", "eager", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "varlen"
+    ] = "auto"
+    """Implementation of attention; auto takes what was measured to be fastest on this GPU, else sdpa."""
     accumulate: int = 1
     """Parts into which each process cuts its batch to save memory; batch statistics stay global."""
     fsdp_blocks: int = 4

@@ -15,9 +15,6 @@ from cjepa_fast import ops
 from cjepa_fast.distributed import sum_over_ranks, world_size
 from cjepa_fast.errors import UserError
 
-STD_TARGET = 1.0  # gamma, C-JEPA appendix C.1
-STD_EPS = 1e-4  # not given by C-JEPA; VICReg's public code
-
 
 def prediction_loss(
     predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1", *, impl: str = "auto"
@@ -41,79 +38,48 @@ def prediction_loss(
     return ops.prediction_loss(predictions, targets, target_indices, kind, impl=impl)
 
 
-def block_vicreg(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def block_vicreg(z: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """C-JEPA's Algorithm 1: VICReg between the M target blocks of an image, all M (M - 1) ordered pairs, averaged.
 
     Computed without the loop over pairs. With C_i and v_i the covariance matrix and the variance hinge of block i
     over the batch, and zbar the mean over an image's blocks, the average over ordered pairs of VICReg's terms is
         sim = 2 / (M - 1) * sum_i mean((z_i - zbar)^2),   std = mean_i v_i,   cov = 2 mean_i |offdiag C_i|^2 / D,
-    which takes M variances, M covariances and one collective instead of M (M - 1) gathers.
+    which takes M variances and M covariances instead of M (M - 1) gathers.
 
     Args:
         z: projected block means [B, M, D], fp32 or fp64; B images of this rank, M >= 2.
+        impl: "auto", "triton" or "eager", see `cjepa_fast.ops`.
 
     Returns (sim, std, cov): unweighted scalars of the global batch, scaled as VICReg's public code scales them
     (unbiased variance, std averaged and cov summed over the two views of a pair).
 
-    Raises UserError if M < 2 or the global batch holds fewer than 2 images.
+    Raises UserError if M < 2, if the global batch holds fewer than 2 images, or for an implementation that cannot run.
     """
-    _, blocks, width = z.shape
+    _, blocks, _ = z.shape
     if blocks < 2:
         raise UserError(f"block_vicreg compares target blocks of an image: it needs at least 2, got {blocks}")
-    spread = (z - z.mean(dim=1, keepdim=True)).square().sum()
-    count, spread, covariance = _global_moments(z.transpose(0, 1), spread)
-    sim = 2 / (blocks - 1) * spread / (count * width)
-    std, cov = _std_cov(covariance)
+    std, cov = ops.variance_covariance(z, impl=impl)
+    sim = _mean_square(z - z.mean(dim=1, keepdim=True), 2 * blocks / (blocks - 1))
     return sim, std.mean(), 2 * cov.mean()
 
 
-def context_target_vicreg(context: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def context_target_vicreg(context: Tensor, target: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """The reading of C-JEPA's appendix C.2 pseudo-code, which contradicts Algorithm 1: an option, not the default.
 
     Args:
         context, target: projected mean embeddings [B, D] of the context and of the whole image by the target encoder.
+        impl: "auto", "triton" or "eager", see `cjepa_fast.ops`.
 
     Returns (sim, std, cov): mean squared distance of the two, and the variance and covariance terms of the context
-    alone, neither halved nor doubled; statistics of the global batch.
+    alone, neither halved nor doubled; statistics of the global batch. Raises as `block_vicreg`.
     """
-    distance = (context - target).square().sum()
-    count, distance, covariance = _global_moments(context[None], distance)
-    std, cov = _std_cov(covariance)
-    return distance / (count * context.shape[1]), std[0], cov[0]
+    std, cov = ops.variance_covariance(context[:, None], impl=impl)
+    return _mean_square(context - target), std[0], cov[0]
 
 
-def _std_cov(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Hinge on the standard deviation [M] and off-diagonal energy / D [M] of covariance matrices [M, D, D]."""
-    variance = covariance.diagonal(dim1=-2, dim2=-1)
-    std = F.relu(STD_TARGET - (variance + STD_EPS).sqrt()).mean(dim=-1)
-    # the diagonal is taken out before squaring: subtracting its energy afterwards would cancel
-    off_diagonal = covariance - torch.diag_embed(variance)
-    return std, off_diagonal.square().sum(dim=(-2, -1)) / covariance.shape[-1]
-
-
-def _global_moments(views: Tensor, extra: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Number of images, sum of the scalar `extra` and unbiased covariance [M, D, D] of views [M, B, D], over all ranks.
-
-    One collective. Every rank centres on its own mean, so the products are accurate in fp32; raw moments, which add
-    over ranks, are formed and summed in fp64, where their cancellation is harmless.
-    """
-    blocks, batch, width = views.shape
-    count = batch * world_size()
-    if count < 2:
-        raise UserError(f"variance and covariance need a global batch of at least 2 images, got {count}")
-    mean = views.mean(dim=1)
-    centred = views - mean[:, None]
-    second = centred.transpose(1, 2) @ centred
-    if world_size() > 1:
-        mean64 = mean.double()
-        raw = second.double() + batch * mean64[:, :, None] * mean64[:, None, :]
-        packed = torch.cat([raw.flatten(), (batch * mean64).flatten(), extra.double()[None]])
-        packed = sum_over_ranks(packed, same_downstream=True)
-        raw, total, extra = packed.split([raw.numel(), mean.numel(), 1])
-        total = total.view(blocks, width)
-        second = raw.view(blocks, width, width) - total[:, :, None] * total[:, None, :] / count
-        second, extra = second.to(views.dtype), extra[0].to(views.dtype)
-    return count, extra, second / (count - 1)
+def _mean_square(x: Tensor, factor: float = 1.0) -> Tensor:
+    """`factor` times the mean square of the elements of all ranks, which hold equally many."""
+    return sum_over_ranks(x.square().sum(), same_downstream=True) * (factor / (x.numel() * world_size()))
 
 
 class GlobalBatchNorm(nn.Module):
@@ -133,7 +99,7 @@ class GlobalBatchNorm(nn.Module):
             return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         rows = x.shape[0] * world_size()
         mean = x.mean(dim=0)
-        # as in _global_moments: accurate locally in fp32, added over ranks as raw moments in fp64
+        # centred products are accurate in fp32; raw moments, which add over ranks, cancel and take fp64
         mean64 = mean.double()
         raw = (x - mean).square().sum(dim=0).double() + x.shape[0] * mean64.square()
         total, raw = sum_over_ranks(torch.stack([x.shape[0] * mean64, raw])).unbind()

@@ -23,6 +23,39 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ value
 
 
+def packed_attention(
+    qkv: Tensor, heads: int, *, query: Tensor | None = None, offsets: Tensor | None = None,
+    query_offsets: Tensor | None = None, target_blocks: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """See `cjepa_fast.ops.attention`; one sequence, and one block of targets, after the other."""
+
+    def sequences(rows: Tensor, starts: Tensor | None) -> list[Tensor]:
+        return list(rows) if starts is None else [rows[a:b] for a, b in itertools.pairwise(starts.tolist())]
+
+    def attend(query: Tensor, key_value: Tensor) -> Tensor:
+        key, value = key_value.chunk(2, dim=-1)
+        split = [x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (query, key, value)]  # [heads, K, d]
+        return attention(*split).transpose(0, 1).flatten(1)
+
+    if query is None:
+        width = qkv.shape[-1] // 3
+        query, qkv, query_offsets = qkv[..., :width], qkv[..., width:], offsets
+    out = []
+    for own, seen in zip(sequences(query, query_offsets), sequences(qkv, offsets), strict=True):
+        if target_blocks is None or len(own) == 0:
+            out.append(attend(own, seen))
+            continue
+        blocks, block_length = target_blocks
+        context = len(own) - blocks * block_length
+        out.append(attend(own[:context], seen[:context]))
+        for first in range(context, len(own), block_length):
+            block = slice(first, first + block_length)
+            out.append(attend(own[block], torch.cat([seen[:context], seen[block]])))
+    rows = torch.cat([*out, query.new_zeros(0, query.shape[-1])])
+    padding = query.shape[:-1].numel() - len(rows)
+    return torch.cat([rows, rows.new_zeros(padding, rows.shape[-1])]).view(query.shape)
+
+
 def block(state: State, prefix: str, x: Tensor, heads: int) -> Tensor:
     """Pre-norm transformer block `prefix` of a state dict: [B, K, D] -> [B, K, D]."""
 
@@ -125,8 +158,9 @@ def projector(state: State, x: Tensor) -> Tensor:
 
 
 def adamw(
-    parameter: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int, *, lr: float,
-    weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+    parameter: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step: int | Tensor, *, lr: float | Tensor,
+    weight_decay: float | Tensor, betas: tuple[float, float] | tuple[Tensor, Tensor] = (0.9, 0.999),
+    eps: float | Tensor = 1e-8,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     """One AdamW step (Loshchilov & Hutter, 2019), `step` counted from 1: the new parameter and moments."""
     first = betas[0] * moments[0] + (1 - betas[0]) * grad
@@ -153,3 +187,60 @@ def cjepa_loss(
     terms = block_vicreg(project(means.flatten(0, 1)).unflatten(0, means.shape[:2]))
     regularisation = sum(weight * term for weight, term in zip(weights, terms, strict=True))
     return prediction_loss(predictions, targets, target_indices) + regularisation
+
+
+def patch_embed(
+    images: Tensor, indices: Tensor | None, weight: Tensor, bias: Tensor, positions: Tensor, patch_size: int,
+    image_of: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See `cjepa_fast.ops.patch_embed`; one patch after the other."""
+    raw, p = images.dtype == torch.uint8, patch_size
+    across = images.shape[2 if raw else 3] // p
+
+    def embed(image: Tensor, index: int) -> Tensor:
+        y, x = index // across * p, index % across * p
+        patch = image[y : y + p, x : x + p] if raw else image[:, y : y + p, x : x + p]
+        return weight @ patch.flatten().to(weight.dtype) + bias + positions[index]
+
+    if image_of is not None:
+        assert indices is not None
+        tokens = zip(indices.tolist(), image_of.tolist(), strict=True)
+        rows = [torch.zeros_like(bias) if image == -1 else embed(images[image], index) for index, image in tokens]
+        return torch.stack(rows)
+    kept = [list(range(len(positions)))] * len(images) if indices is None else indices.tolist()
+    return torch.stack(
+        [torch.stack([embed(image, index) for index in row]) for image, row in zip(images, kept, strict=True)]
+    )
+
+
+def predictor_tokens(
+    context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor,
+    offsets: Tensor | None = None, shared_context: bool = False,
+) -> Tensor:  # fmt: skip
+    """See `cjepa_fast.ops.predictor_tokens`; one sequence after the other."""
+    batch, kept = len(target_indices), context.shape[-2]
+    packed = offsets is not None
+    ends = offsets.tolist() if packed else [kept * image for image in range(batch + 1)]
+    rows = context.reshape(-1, context.shape[-1])[: ends[-1]]
+    rows = rows + positions[context_indices.reshape(-1)[: ends[-1]]]
+    sequences = []
+    for image, blocks in enumerate(target_indices):
+        for targets in [blocks.flatten()] if shared_context else blocks:
+            sequences += [rows[ends[image] : ends[image + 1]], mask_token.flatten() + positions[targets]]
+    tokens = torch.cat(sequences)
+    if packed:
+        copies = 1 if shared_context else target_indices.shape[1]
+        return F.pad(tokens, (0, 0, 0, copies * (len(context) - ends[-1])))
+    return tokens.unflatten(0, (batch, -1) if shared_context else (batch, target_indices.shape[1], -1))
+
+
+def variance_covariance(z: Tensor) -> tuple[Tensor, Tensor]:
+    """VICReg's variance and covariance terms (std, cov), each [V], of the views of z [N, V, D]: see `vicreg`."""
+    std, cov = [], []
+    for view in z.unbind(1):
+        std.append(F.relu(1 - (view.var(dim=0) + 1e-4).sqrt()).mean())
+        centred = view - view.mean(dim=0)
+        covariance = centred.T @ centred / (len(view) - 1)
+        off_diagonal = covariance - covariance.diagonal().diag()
+        cov.append(off_diagonal.square().sum() / view.shape[1])
+    return torch.stack(std), torch.stack(cov)

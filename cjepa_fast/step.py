@@ -1,6 +1,6 @@
 """One training step as pure functions: tensors in, tensors out, no configuration, no host synchronisation.
 
-targets -> student's loss and gradients -> (optimizer) -> EMA. Compilation and sharding are applied to the networks
+targets -> student's loss and gradients -> (optimizer and EMA). Compilation and sharding are applied to the networks
 from outside (`cjepa_fast.train`); nothing here knows of them.
 """
 
@@ -32,6 +32,10 @@ class Networks(nn.Module):
         self.target_encoder = target_encoder
         target_encoder.load_state_dict(encoder.state_dict())
         target_encoder.requires_grad_(False)
+
+    def averages(self) -> dict[Tensor, Tensor]:
+        """From the encoder's parameters to their averages, the target encoder's: for `cjepa_fast.optim.AdamW`."""
+        return dict(zip(self.encoder.parameters(), self.target_encoder.parameters(), strict=True))
 
 
 class LossWeights(NamedTuple):
@@ -88,10 +92,10 @@ def regularisation(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Weighted sum of the VICReg terms of `means` (see `summary`) and the terms (sim, std, cov) themselves."""
     if weights.views == "target_blocks":
-        terms = block_vicreg(projector(means))
+        terms = block_vicreg(projector(means), impl=weights.impl)
     else:
         projected = projector(torch.stack([means, _precise(targets).mean(dim=1)], dim=1))
-        terms = context_target_vicreg(projected[:, 0], projected[:, 1].detach())
+        terms = context_target_vicreg(projected[:, 0], projected[:, 1].detach(), impl=weights.impl)
     sim, std, cov = terms
     return weights.sim * sim + weights.std * std + weights.cov * cov, terms
 
@@ -143,15 +147,6 @@ def forward_backward(
     sim, std, cov = (term.detach() for term in terms)
     prediction, penalty = prediction.detach(), penalty.detach()
     return StepOutput(Terms(prediction + penalty, prediction, sim, std, cov), predictions.detach(), targets)
-
-
-@torch.no_grad()
-def ema_update(targets: list[Tensor], parameters: list[Tensor], momentum: float) -> None:
-    """In place: target = momentum * target + (1 - momentum) * parameter, for matching lists of fp32 tensors.
-
-    After the optimizer step, on local shards: exact and without communication, as both sides are sharded alike.
-    """
-    torch._foreach_lerp_(targets, parameters, 1 - momentum)
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.meter import Meter
 from cjepa_fast.probe import Probe
 from cjepa_fast.run import CHECKPOINTS, RunDirectory, refuse_existing, require_sinks
-from cjepa_fast.step import LossWeights, Networks, ema_update, forward_backward
+from cjepa_fast.step import LossWeights, Networks, forward_backward
 
 COLLAPSED = 0.1  # a feature_std under this share of the untrained encoder's is called a collapse
 
@@ -60,6 +60,7 @@ def train(command: cli.Command, world: config.World) -> int:
     config.validate_world(c, world.size)
     device = pick_device(c.runtime.device, world.local_rank)
     ops.require(c.runtime.kernels, device.type)
+    ops.require_attention(c.runtime.attention, device.type)
     require_sinks(tensorboard=c.run.tensorboard, wandb_project=c.run.wandb)
     if resume is not None:
         checkpoint.require(resume / CHECKPOINTS)
@@ -117,11 +118,10 @@ def train(command: cli.Command, world: config.World) -> int:
         distributed.shard(network, list(blocks), unit=c.runtime.fsdp_blocks, trained=trained, dtype=dtype)
     if networks.projector is not None:
         distributed.shard(networks.projector, [], unit=1, trained=True, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(
-        optim.parameter_groups(networks), lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps, fused=True
-    )
-    averaged = optim.local_tensors(list(networks.target_encoder.parameters()))
-    averages_of = optim.local_tensors(list(networks.encoder.parameters()))
+    optimizer = optim.AdamW(
+        optim.parameter_groups(networks), lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps,
+        averages=networks.averages(), impl=c.runtime.kernels,
+    )  # fmt: skip
     beta = c.loss.vicreg_weight
     weights = LossWeights(
         c.loss.prediction, beta * c.loss.sim_weight, beta * c.loss.std_weight, beta * c.loss.cov_weight,
@@ -174,9 +174,8 @@ def train(command: cli.Command, world: config.World) -> int:
         for group in optimizer.param_groups:
             group["lr"] = float(schedule.lr[step])
             group["weight_decay"] = float(schedule.weight_decay[step]) if group["decayed"] else 0.0
-        optimizer.step()
+        optimizer.step(momentum=float(schedule.ema[step]))
         optimizer.zero_grad()
-        ema_update(averaged, averages_of, float(schedule.ema[step]))
         meter.add(out, batch.wait_ms)
 
         done = step + 1
@@ -262,13 +261,15 @@ def build_networks(c: config.Config) -> Networks:
     encoder, target_encoder = (
         vit.build_encoder(
             c.model.encoder, c.model.image_size, c.model.patch_size, mean=c.data.mean, std=c.data.std,
-            depth_rescale=c.model.depth_rescale_init, dtype=dtype,
+            depth_rescale=c.model.depth_rescale_init, dtype=dtype, kernels=c.runtime.kernels,
+            attention=c.runtime.attention,
         )
         for _ in range(2)
     )  # fmt: skip
     predictor = vit.build_predictor(
         c.model.encoder, c.model.image_size, c.model.patch_size, c.model.predictor_depth, c.model.predictor_width,
-        c.model.predictor_heads, depth_rescale=c.model.depth_rescale_init,
+        c.model.predictor_heads, depth_rescale=c.model.depth_rescale_init, kernels=c.runtime.kernels,
+        attention=c.runtime.attention,
     )  # fmt: skip
     projector = None
     if c.loss.vicreg_weight:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cjepa_fast import ops
 from cjepa_fast.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -86,18 +87,16 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Bidirectional multi-head self-attention: [B, K, D] -> [B, K, D]."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, impl: str = "auto") -> None:
         super().__init__()
         if width % heads:
             raise UserError(f"width {width} is not divisible by {heads} attention heads")
-        self.heads = heads
+        self.heads, self.impl = heads, impl
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
-        out = F.scaled_dot_product_attention(query, key, value)  # [B, heads, K, D / heads]
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(ops.attention(self.qkv(x), self.heads, impl=self.impl))
 
 
 class Mlp(nn.Module):
@@ -115,10 +114,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: [B, K, D] -> [B, K, D]."""
 
-    def __init__(self, shape: VitShape) -> None:
+    def __init__(self, shape: VitShape, attention: str = "auto") -> None:
         super().__init__()
         self.norm1 = LayerNorm(shape.width, eps=1e-6)
-        self.attn = Attention(shape.width, shape.heads)
+        self.attn = Attention(shape.width, shape.heads, attention)
         self.norm2 = LayerNorm(shape.width, eps=1e-6)
         self.mlp = Mlp(shape.width, round(shape.width * shape.mlp_ratio))
 
@@ -128,7 +127,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of p x p patches, of the kept patches only.
+    """Linear embedding of p x p patches, of the kept patches only, at their positions [N, D].
 
     `proj` is a Conv2d for the sake of its checkpoint layout [D, 3, p, p]; as stride equals kernel it is a matrix
     product over flattened patches, and gathering the patches first leaves out the work for dropped ones.
@@ -138,28 +137,25 @@ class PatchEmbed(nn.Module):
     std: Tensor
 
     def __init__(
-        self, patch_size: int, width: int, mean: tuple[float, float, float], std: tuple[float, float, float]
-    ) -> None:
+        self, patch_size: int, width: int, mean: tuple[float, float, float], std: tuple[float, float, float],
+        kernels: str = "auto",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.kernels = patch_size, kernels
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
-    def forward(self, images: Tensor, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
-        p, weight, bias = self.patch_size, self.proj.weight, self.proj.bias
+    def forward(self, images: Tensor, indices: Tensor | None, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        weight, bias = self.proj.weight, self.proj.bias
         assert bias is not None
         if images.dtype == torch.uint8:  # [B, H, W, 3], normalisation folded into the weights: exact up to rounding
-            patches = images.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3)  # [B, H/p, W/p, p, p, 3]
             scaled = weight / self.std[:, None, None]
             bias = bias - torch.einsum("dchw,c->d", scaled, self.mean)
             weight = (scaled / 255).permute(0, 2, 3, 1)
-        else:  # [B, 3, H, W]
-            patches = images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.flatten(3).flatten(1, 2)  # [B, N, 3 p p]
-        if indices is not None:
-            patches = take_rows(patches, indices)
-        return F.linear(patches.to(dtype), weight.flatten(1).to(dtype), bias.to(dtype))
+        return ops.patch_embed(
+            images, indices, weight.flatten(1).to(dtype), bias, positions, patch_size=self.patch_size, impl=self.kernels
+        )
 
 
 class Encoder(nn.Module):
@@ -168,6 +164,8 @@ class Encoder(nn.Module):
     forward(images, indices=None) -> [B, K, D] in `dtype`
         images: float [B, 3, H, W], normalised, or uint8 [B, H, W, 3] raw pixels.
         indices: integer [B, K], the kept patches of each image in row-major numbering; None keeps all N.
+
+    `kernels` and `attention` pick implementations (see `cjepa_fast.ops`), not what is computed.
     """
 
     pos_embed: Tensor
@@ -182,14 +180,16 @@ class Encoder(nn.Module):
         std: tuple[float, float, float] = IMAGENET_STD,
         depth_rescale: bool = False,
         dtype: torch.dtype = torch.float32,
+        kernels: str = "auto",
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         self.width, self.image_size, self.dtype = shape.width, image_size, dtype
         self.grid = _grid(image_size, patch_size)
         # a buffer: fixed, yet part of the state dict under the name that checkpoints use
         self.register_buffer("pos_embed", sincos_positions(shape.width, self.grid))
-        self.patch_embed = PatchEmbed(patch_size, shape.width, mean, std)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        self.patch_embed = PatchEmbed(patch_size, shape.width, mean, std, kernels)
+        self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.depth))
         self.norm = LayerNorm(shape.width, eps=1e-6)
         _initialise(self, self.blocks, depth_rescale)
 
@@ -197,8 +197,7 @@ class Encoder(nn.Module):
         height_width = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:])
         if height_width != (self.image_size, self.image_size):
             raise UserError(f"images are {height_width}, the encoder was built for {self.image_size} px squares")
-        positions = self.pos_embed if indices is None else self.pos_embed[0][indices.long()]
-        x = self.patch_embed(images, indices, self.dtype) + positions.to(self.dtype)
+        x = self.patch_embed(images, indices, self.pos_embed[0], self.dtype)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -209,34 +208,37 @@ class Predictor(nn.Module):
 
     forward(context [B, Kc, D], context_indices [B, Kc], target_indices [B, M, Kt]) -> [B, M, Kt, D]
         in the context's dtype. Each block is predicted alone: its sequence is the context and its own mask tokens.
+
+    `kernels`, `attention`: as for `Encoder`.
     """
 
     predictor_pos_embed: Tensor
 
     def __init__(
-        self, shape: VitShape, encoder_width: int, grid: tuple[int, int], *, depth_rescale: bool = False
-    ) -> None:
+        self, shape: VitShape, encoder_width: int, grid: tuple[int, int], *, depth_rescale: bool = False,
+        kernels: str = "auto", attention: str = "auto",
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.kernels = kernels
         self.predictor_embed = Linear(encoder_width, shape.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, shape.width))
         self.register_buffer("predictor_pos_embed", sincos_positions(shape.width, grid))
-        self.predictor_blocks = nn.ModuleList(Block(shape) for _ in range(shape.depth))
+        self.predictor_blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.depth))
         self.predictor_norm = LayerNorm(shape.width, eps=1e-6)
         self.predictor_proj = Linear(shape.width, encoder_width)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         _initialise(self, self.predictor_blocks, depth_rescale)
 
     def forward(self, context: Tensor, context_indices: Tensor, target_indices: Tensor) -> Tensor:
-        (batch, blocks, _), kept = target_indices.shape, context.shape[1]
-        positions = self.predictor_pos_embed[0].to(context.dtype)
-        x = self.predictor_embed(context) + positions[context_indices.long()]  # [B, Kc, d]
-        x = x[:, None].expand(batch, blocks, kept, x.shape[-1])
-        masks = self.mask_token.to(context.dtype) + positions[target_indices.long()]  # [B, M, Kt, d]
-        x = torch.cat([x, masks], dim=2).flatten(0, 1)  # [B M, Kc + Kt, d]
+        x = ops.predictor_tokens(
+            self.predictor_embed(context), self.mask_token, self.predictor_pos_embed[0], context_indices,
+            target_indices, impl=self.kernels,
+        )  # [B, M, Kc + Kt, d]  # fmt: skip
+        x = x.flatten(0, 1)
         for block in self.predictor_blocks:
             x = block(x)
         # norm and projection act row by row, so the context rows can go before them
-        return self.predictor_proj(self.predictor_norm(x[:, kept:])).unflatten(0, (batch, blocks))
+        return self.predictor_proj(self.predictor_norm(x[:, context.shape[1] :])).unflatten(0, target_indices.shape[:2])
 
 
 def build_encoder(
@@ -248,6 +250,8 @@ def build_encoder(
     std: tuple[float, float, float] = IMAGENET_STD,
     depth_rescale: bool = False,
     dtype: torch.dtype = torch.float32,
+    kernels: str = "auto",
+    attention: str = "auto",
 ) -> Encoder:
     """Builds the encoder called `name` in `ENCODERS`, randomly initialised from torch's global generator.
 
@@ -257,11 +261,15 @@ def build_encoder(
         depth_rescale: divide the initial `attn.proj` and `mlp.fc2` weights of block l by sqrt(2 l). The I-JEPA
             code has this rule and then overwrites it, so the published runs correspond to False.
         dtype: of activations and matrix products; parameters are fp32 in any case.
+        kernels: "auto", "triton" or "eager"; attention: see `cjepa_fast.ops.attention`.
 
     Raises UserError for an unknown name or sizes that do not divide.
     """
     shape = encoder_shape(name)
-    return Encoder(shape, image_size, patch_size, mean=mean, std=std, depth_rescale=depth_rescale, dtype=dtype)
+    return Encoder(
+        shape, image_size, patch_size, mean=mean, std=std, depth_rescale=depth_rescale, dtype=dtype, kernels=kernels,
+        attention=attention,
+    )  # fmt: skip
 
 
 def build_predictor(
@@ -273,6 +281,8 @@ def build_predictor(
     heads: int | None = None,
     *,
     depth_rescale: bool = False,
+    kernels: str = "auto",
+    attention: str = "auto",
 ) -> Predictor:
     """Builds the predictor that goes with the encoder called `name` (its width and, unless given, its heads).
 
@@ -282,7 +292,10 @@ def build_predictor(
     """
     encoder = encoder_shape(name)
     shape = VitShape(width, depth, heads or encoder.heads)
-    return Predictor(shape, encoder.width, _grid(image_size, patch_size), depth_rescale=depth_rescale)
+    return Predictor(
+        shape, encoder.width, _grid(image_size, patch_size), depth_rescale=depth_rescale, kernels=kernels,
+        attention=attention,
+    )  # fmt: skip
 
 
 def encoder_shape(name: str) -> VitShape:

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from cjepa_fast import checkpoint, distributed
 from cjepa_fast.losses import GlobalBatchNorm, block_vicreg, context_target_vicreg
-from cjepa_fast.optim import local_tensors, parameter_groups
-from cjepa_fast.step import LossWeights, Networks, ema_update, forward_backward, target_embeddings
+from cjepa_fast.optim import AdamW, parameter_groups
+from cjepa_fast.step import LossWeights, Networks, forward_backward, target_embeddings
 from test_step import WEIGHTS, batch, networks
 
 
@@ -38,11 +38,10 @@ def sharded() -> Networks:
 def one_step(net: Networks, rank: int, size: int, weights: LossWeights, accumulate: int) -> dict[str, Any]:
     """Gradients, terms, updated weights and the teacher's next output for the global batch of step 0, on all ranks."""
     share = [part.chunk(size)[rank] for part in batch(0, 16)]
-    optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-2, fused=True)
+    optimizer = AdamW(parameter_groups(net), lr=1e-2, averages=net.averages())
     out = forward_backward(net, share[0], share[1], share[2], weights, accumulate)
     grads = {name: full(p.grad).clone() for name, p in net.named_parameters() if p.grad is not None}
-    optimizer.step()
-    ema_update(*(local_tensors(list(n.parameters())) for n in (net.target_encoder, net.encoder)), 0.5)
+    optimizer.step(momentum=0.5)
     return {
         "terms": distributed.mean_over_ranks(torch.stack(out.terms)),
         "grads": grads,

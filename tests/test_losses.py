@@ -99,6 +99,16 @@ def test_context_target_equals_reference() -> None:
     torch.testing.assert_close(context.grad, again.grad, rtol=1e-9, atol=1e-13)
 
 
+def test_implementation_of_vicreg_is_passed_on() -> None:
+    z = wave(9, 3, 12).float().to("cuda" if torch.cuda.is_available() else "cpu")
+    plain = [*block_vicreg(z), *context_target_vicreg(z[:, 0], z[:, 1])]
+    fused = [*block_vicreg(z, impl="triton"), *context_target_vicreg(z[:, 0], z[:, 1], impl="triton")]
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-7)
+    for vicreg in (lambda: block_vicreg(z, impl="cuda"), lambda: context_target_vicreg(z[:, 0], z[:, 1], impl="cuda")):
+        with pytest.raises(UserError, match="unknown impl 'cuda'"):
+            vicreg()
+
+
 def test_projector_equals_reference() -> None:
     torch.manual_seed(0)
     projector = Projector(12, 20, 3).double()

@@ -10,8 +10,8 @@ import torch
 from cjepa_fast import reference
 from cjepa_fast.losses import Projector
 from cjepa_fast.masks import MultiBlockSampler
-from cjepa_fast.optim import local_tensors, parameter_groups, schedules
-from cjepa_fast.step import LossWeights, Networks, ema_update, forward_backward, target_embeddings
+from cjepa_fast.optim import AdamW, parameter_groups, schedules
+from cjepa_fast.step import LossWeights, Networks, forward_backward, target_embeddings
 from cjepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, Predictor, VitShape
 
 SHAPE, NARROW, SIZE, PATCH, BATCH = VitShape(32, 2, 2), VitShape(16, 2, 2), 24, 4, 8
@@ -32,15 +32,15 @@ def batch(step: int, size: int = BATCH) -> tuple[torch.Tensor, torch.Tensor, tor
     return images, *MultiBlockSampler(SIZE // PATCH, min_keep=3).sample(step, torch.arange(size))
 
 
-def test_ten_steps_equal_the_reference() -> None:
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_ten_steps_equal_the_reference(impl: str) -> None:
     """The whole method from the papers' formulas, optimizer and EMA included, in fp64: only rounding differs."""
     ours = networks()
     truth = {name: value.detach().clone().double() for name, value in ours.state_dict().items()}
     trained = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
     moments = {name: (torch.zeros_like(truth[name]), torch.zeros_like(truth[name])) for name in trained}
     plan = schedules(10, 3, lr=1e-3, start_lr=1e-4, final_lr=1e-5, weight_decay=0.04, final_weight_decay=0.4, ema=0.9)
-    optimizer = torch.optim.AdamW(parameter_groups(ours), fused=True)
-    averaged, averages_of = (local_tensors(list(n.parameters())) for n in (ours.target_encoder, ours.encoder))
+    optimizer = AdamW(parameter_groups(ours), averages=ours.averages(), impl=impl)
     mean, std = (torch.tensor(values).double() for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -52,9 +52,8 @@ def test_ten_steps_equal_the_reference() -> None:
         for group in optimizer.param_groups:
             group["lr"] = plan.lr[step]
             group["weight_decay"] = plan.weight_decay[step] if group["decayed"] else 0.0
-        optimizer.step()
+        optimizer.step(momentum=plan.ema[step])
         optimizer.zero_grad()
-        ema_update(averaged, averages_of, plan.ema[step])
 
         leaves = {name: truth[name].requires_grad_() for name in trained}
         loss = reference.cjepa_loss(
@@ -112,13 +111,13 @@ def test_target_encoder_is_a_copy_that_gets_no_gradient() -> None:
     assert not target_embeddings(net.target_encoder, batch(0)[0]).requires_grad
 
 
-def test_ema_update() -> None:
+def test_averages_follow_the_encoder() -> None:
     net = networks()
     with torch.no_grad():
         for parameter in net.encoder.parameters():
             parameter.add_(torch.sin(torch.arange(parameter.numel())).view_as(parameter))
     before = copy.deepcopy(dict(net.target_encoder.named_parameters()))
-    ema_update(*(local_tensors(list(n.parameters())) for n in (net.target_encoder, net.encoder)), 0.75)
+    AdamW(parameter_groups(net), averages=net.averages()).step(momentum=0.75)
     for (name, after), parameter in zip(net.target_encoder.named_parameters(), net.encoder.parameters(), strict=True):
         torch.testing.assert_close(after, reference.ema(before[name], parameter, 0.75), rtol=1e-6, atol=1e-7, msg=name)
 

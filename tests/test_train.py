@@ -161,13 +161,21 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
         ),
         (["--runtime.fsdp-blocks", "1"], 0),
         (["--runtime.compile", "on"], 1e-5),
+        (["--runtime.attention", "eager"], 1e-5),
+        pytest.param(
+            ["--runtime.attention", "triton"],
+            1e-5,
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"),
+        ),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_speed_settings_change_nothing(
     images: Path, straight: Path, tmp_path: Path, setting: Sequence[str], tolerance: float
 ) -> None:
-    steps = ["--optim.steps", "3"] if "--runtime.compile" in setting else []
+    slow = "triton" in setting or "--runtime.compile" in setting or "--runtime.attention" in setting
+    # a predictor of 4 heads of 24, which the attention kernel takes
+    steps = ["--optim.steps", "2", "--model.predictor-width", "96"] if slow else []
     threads = torch.get_num_threads()
     try:
         ours = run(images, tmp_path / "run", *setting, *steps)
@@ -239,6 +247,7 @@ def broken(folder: Path, name: str, content: bytes) -> Path:
         (["--resume", "{tmp}/empty"], "config.yaml"),
         (["--mask.min-keep", "30"], "min_keep"),
         (["--runtime.kernels", "triton"], "runtime.kernels: triton cannot run"),
+        (["--runtime.attention", "sdpa_cudnn"], "runtime.attention: sdpa_cudnn cannot run"),
         (["--run.wandb", "project"], "cjepa-fast[wandb]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -6,8 +6,25 @@ an error. The choice and its reason are logged once. All implementations compute
 One file per operation; nothing outside this package imports `cjepa_fast.kernels`, `cjepa_fast.native` or triton.
 """
 
-from cjepa_fast.ops._choice import require
+from cjepa_fast.ops._adamw_ema import adamw_ema
+from cjepa_fast.ops._attention import attention, require_attention
+from cjepa_fast.ops._choice import choose, require
 from cjepa_fast.ops._masks import mask_sampler, sample_masks
 from cjepa_fast.ops._prediction_loss import prediction_loss
+from cjepa_fast.ops._token_gather import patch_embed, predictor_tokens, sequence_offsets
+from cjepa_fast.ops._variance_covariance import variance_covariance
 
-__all__ = ["mask_sampler", "prediction_loss", "require", "sample_masks"]
+__all__ = [
+    "adamw_ema",
+    "attention",
+    "choose",
+    "mask_sampler",
+    "patch_embed",
+    "prediction_loss",
+    "predictor_tokens",
+    "require",
+    "require_attention",
+    "sample_masks",
+    "sequence_offsets",
+    "variance_covariance",
+]

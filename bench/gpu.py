@@ -1,0 +1,202 @@
+"""Everything that only a GPU can tell, in one command that fits a lease:  python -m bench.gpu --out DIR --minutes 9
+
+Sections: the machine, the tests that need a GPU, the operations against their rivals, the compile report for this GPU.
+Each is a process of its own with a share of the time; what one leaves over goes to those behind it. A section that
+fails or runs out of time is recorded and does not stop the rest. DIR is written as results come, as the machine may
+vanish:
+
+    results.md     the report to read        results.json   the sections, and the attention table
+    bench.jsonl    rows of bench.run         compile.jsonl  rows of bench.compile_report
+    machine.txt    what nvidia-smi and pip say               log.txt        everything that was printed
+
+Runs from a plain checkout. Exit code 1 if a section failed or was not finished, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import run
+from cjepa_fast.ops._attention import BACKENDS, TOKENS
+
+ROOT = Path(__file__).parents[1]
+# the most telling first; an operation's own tests are part of its section
+SHARES = {
+    "attention": 10,
+    "prediction_loss": 4,
+    "adamw_ema": 5,
+    "token_gather": 5,
+    "variance_covariance": 6,
+    "masks": 4,
+}
+_LEAST_S = 10  # below this a section would only start
+
+
+def sections(out: Path, rehearsal: bool) -> dict[str, tuple[float, list[str]]]:
+    """Share of the time and command of each section; `{seconds}` stands for its limit."""
+    python = sys.executable
+    tests = [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    arch = "90" if rehearsal else "".join(map(str, torch.cuda.get_device_capability()))
+    extra = ["--quick", "--rehearsal"] if rehearsal else []
+    timed = [name for name in SHARES if name in run.operations()]
+    timed += [name for name in run.operations() if name not in SHARES]
+    return {
+        "machine": (2, [python, "-m", "bench.gpu", "--describe-machine", str(out / "machine.txt")]),
+        "tests": (8, [*tests, *run.parallel_tests()]),
+        **{
+            f"bench {name}": (SHARES.get(name, 4), [
+                python, "-m", "bench.run", name, "--seconds", "{seconds}", "--json", str(out / "bench.jsonl"), *extra
+            ])
+            for name in timed
+        },
+        "compile report": (5, [
+            python, "-m", "bench.compile_report", "--arch", arch, "--json", str(out / "compile.jsonl")
+        ]),
+    }  # fmt: skip
+
+
+def run_section(command: list[str], limit: float, log: Path) -> tuple[str, int | None]:
+    """Status ("ok", "failed" or "out of time") and exit code of a command whose output goes to the end of `log`."""
+    with log.open("ab") as output:
+        output.write(f"\n$ {shlex.join(command)}\n".encode())
+        output.flush()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # a group of its own: its workers, too
+            process.wait()
+            return "out of time", None
+    return ("ok" if code == 0 else "failed"), code
+
+
+def describe_machine(path: Path) -> int:
+    commands = (["nvidia-smi"], ["nvidia-smi", "-q"], ["nvcc", "--version"], ["lscpu"], ["uname", "-a"],
+                [sys.executable, "--version"], [sys.executable, "-m", "pip", "list"])  # fmt: skip
+    with path.open("w") as file:
+        for command in commands:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+                said = done.stdout + done.stderr
+            except (OSError, subprocess.TimeoutExpired) as error:
+                said = f"{error}\n"
+            file.write(f"$ {shlex.join(command)}\n{said}\n")
+    return 0
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a JSONL file; the last may be torn where a process was killed."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def attention_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows for MEASURED in cjepa_fast/ops/_attention.py: back-ends by time forward and backward, fastest first."""
+    points: dict[tuple[str, int, int], list[tuple[float, str]]] = {}
+    for row in rows:
+        shape = re.match(r"(?:context|predictor|target) \w+ n=(\d+) d=(\d+) ", row["case"])
+        timed = row["op"] == "attention" and row["direction"] == "fwd+bwd" and row.get("median_ms")
+        if timed and shape and row["gpu"] and row["variant"] in BACKENDS:
+            point = (row["gpu"], int(shape[1]), int(shape[2]))
+            points.setdefault(point, []).append((row["median_ms"], row["variant"]))
+    lines = []
+    for gpu in dict.fromkeys(gpu for gpu, *_ in points):
+        lines.append(f'"{gpu}": {{')
+        for (name, tokens, width), timed in sorted(points.items()):
+            if name == gpu:
+                bucket = next(limit for limit in TOKENS if tokens <= limit)
+                order = ", ".join(f'"{variant}"' for _, variant in sorted(timed))
+                times = ", ".join(f"{1e3 * milliseconds:.0f}" for milliseconds, _ in sorted(timed))
+                lines.append(f"    ({bucket}, {width}): ({order},),  # {tokens} tokens: {times} us")
+        lines.append("},")
+    return lines
+
+
+def write_report(out: Path, record: dict[str, Any]) -> None:
+    rows = read_rows(out / "bench.jsonl")
+    record["attention"] = attention_table(rows)
+    _replace(out / "results.json", json.dumps(record, indent=1) + "\n")
+    title = "Rehearsal on a CPU: proves that the pieces fit, the figures mean nothing" if record["rehearsal"] else "GPU"
+    text = [f"# {title}\n", "| section | status | seconds | limit |", "| --- | --- | --- | --- |"]
+    for section in record["sections"]:
+        seconds, limit = (f"{section[key]:.0f}" if section.get(key) else "" for key in ("seconds", "limit"))
+        text.append(f"| {section['name']} | {section['status']} | {seconds} | {limit} |")
+    if record["attention"]:
+        text.append(
+            "\nFor MEASURED in cjepa_fast/ops/_attention.py:\n\n```python\n" + "\n".join(record["attention"]) + "\n```"
+        )
+    _replace(out / "results.md", "\n".join(text) + "\n\n" + run.markdown(rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for the results; must not exist or be empty")
+    parser.add_argument("--minutes", type=float, default=9.0, help="everything ends within this [9]")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections alone, e.g. --only 'bench masks'")
+    parser.add_argument("--cpu-rehearsal", action="store_true", help="run the whole flow on a CPU with small sizes")
+    parser.add_argument("--describe-machine", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.describe_machine is not None:
+        return describe_machine(arguments.describe_machine)
+    if not arguments.cpu_rehearsal and not torch.cuda.is_available():
+        print("error: no GPU is visible to torch; --cpu-rehearsal runs the flow without one", file=sys.stderr)
+        return 2
+    if arguments.cpu_rehearsal and torch.cuda.is_available():
+        print("error: there is a GPU; a rehearsal is for machines without one", file=sys.stderr)
+        return 2
+    if arguments.out is None:
+        parser.error("--out DIR is required")
+    if arguments.out.exists() and any(arguments.out.iterdir()):
+        parser.error(f"--out {arguments.out} holds files already: figures of two runs must not mix")
+
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes - 5  # the reports take some seconds, too
+    plan = sections(out, arguments.cpu_rehearsal)
+    if arguments.only and (unknown := [name for name in arguments.only if name not in plan]):
+        parser.error(f"unknown section {unknown[0]!r}; known: {', '.join(plan)}")
+    wanted = {name: plan[name] for name in plan if not arguments.only or name in arguments.only}
+    record: dict[str, Any] = {
+        "rehearsal": arguments.cpu_rehearsal,
+        "environment": run.environment("cpu" if arguments.cpu_rehearsal else "cuda"),
+        "sections": [{"name": name, "status": "not run"} for name in wanted],
+    }
+    for index, (name, (share, command)) in enumerate(wanted.items()):
+        section = record["sections"][index]
+        left = deadline - time.monotonic()
+        limit = left * share / sum(other for other, _ in list(wanted.values())[index:])
+        if limit < _LEAST_S:
+            continue
+        command = [part.replace("{seconds}", f"{0.85 * limit:.0f}") for part in command]
+        section.update(status="running", limit=limit)
+        write_report(out, record)
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        start = time.monotonic()
+        section["status"], section["exit_code"] = run_section(command, limit, out / "log.txt")
+        section["seconds"] = time.monotonic() - start
+        print(f"{name}: {section['status']} after {section['seconds']:.0f} s", flush=True)
+        write_report(out, record)
+    print((out / "results.md").read_text())
+    return 0 if all(section["status"] == "ok" for section in record["sections"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

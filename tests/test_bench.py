@@ -1,0 +1,261 @@
+"""The benchmarks' promises, tried on a small checkout of made-up operations and kernels.
+
+Everything runs on the CPU, also where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# two rivals of 4 and 8 ms, ours of 2 ms; a million bytes and a hundred million FLOP a call
+NAPS = """
+import time
+from bench.cases import Case, Variant
+
+def nap(milliseconds, factor=2.0):
+    def call(x):
+        time.sleep(milliseconds / 1e3)
+        return factor * x
+    return call
+
+def refuse(x):
+    raise RuntimeError("head width 24 is not supported\\nsecond line")
+
+def cases(device, dtype, quick):
+    import torch
+    variants = [
+        Variant(name="fused", call=nap(2, OURS), role="ours"),
+        Variant(name="eager", call=nap(4)),
+        Variant(name="slow", call=nap(8)),
+        Variant(name="half", call=nap(1), role="yardstick", compared=None),
+        Variant(name="absent", call=None, obstacle="not installed"),
+        Variant(name="refuses", call=refuse),
+        Variant(name="cheats", call=nap(0, 2.1)),
+    ]
+    yield Case(name="n=5", direction="fwd", inputs=lambda: (None, torch.arange(1.0, 6.0))[1:], variants=variants,
+               bytes=10**6, flop=10**8, items=64, item="images", truth=lambda x: 2.0 * x)
+"""
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+@triton.jit
+def multiply(x, out, WIDE: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a = tl.load(x + o)
+    if WIDE:
+        tl.store(out + o, product(a.to(tl.float32), a.to(tl.float32), "ieee"))
+    else:
+        tl.store(out + o, product(a, a, "ieee"))
+
+@triton.jit
+def accumulate(x, out, n, N: tl.constexpr, STAGES: tl.constexpr):
+    o = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    total = tl.zeros([N, N], dtype=tl.float32)
+    for i in tl.range(0, n, num_stages=STAGES):
+        total = tl.dot(tl.load(x + i * N * N + o), tl.load(x + (i + 1) * N * N + o), total)
+    tl.store(out + o, total)
+
+@triton.jit
+def normalise(x, out, N: tl.constexpr):
+    o = tl.arange(0, N)
+    a = tl.load(x + o)
+    tl.store(out + o, a / tl.sum(a, 0))
+
+@triton.jit
+def broken(x, N: tl.constexpr):
+    tl.store(x + tl.arange(0, N), missing)
+
+def tile(name, kernel, constants, signature):
+    return dict(name=name, kernel=kernel, constants=constants, signature=signature)
+
+HALF, WHOLE = {"x": "*bf16:16", "out": "*fp32:16"}, {"x": "*fp32:16", "out": "*fp32:16"}
+GOOD = tile("good", multiply, dict(WIDE=False, N=64, num_warps=4, num_stages=2), HALF)
+BAD = [
+    tile("no tensor core", multiply, dict(WIDE=True, N=32, num_warps=4), HALF),
+    tile("too much shared", accumulate, dict(N=128, STAGES=5, num_warps=8), {**HALF, "n": "i32"}),
+    tile("spills", normalise, dict(N=16384, num_warps=1), WHOLE),
+    tile("does not compile", broken, dict(N=64, num_warps=1), {"x": "*fp32:16"}),
+]
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout of the real bench/ and cjepa_fast/ whose operations, kernels and tests are made up."""
+    for folder in ("bench/cases", "cjepa_fast", "kernels", "tests"):
+        (tmp_path / folder).mkdir(parents=True)
+    for path in [*(ROOT / "bench").glob("*.py"), ROOT / "bench/cases/__init__.py", *(ROOT / "cjepa_fast").glob("*.py")]:
+        (tmp_path / path.relative_to(ROOT)).symlink_to(path)
+    (tmp_path / "cjepa_fast/ops").symlink_to(ROOT / "cjepa_fast/ops")
+    (tmp_path / "cjepa_fast/kernels").symlink_to("../kernels")
+    (tmp_path / "kernels/bad.py").write_text(KERNELS + "AOT = BAD\n")
+    (tmp_path / "kernels/good.py").write_text(KERNELS + "AOT = [GOOD]\n")
+    for name, ours, passes in (("fused", 2.0, True), ("red", 2.0, False), ("wrong", 2.2, True)):
+        (tmp_path / f"bench/cases/{name}.py").write_text(NAPS.replace("OURS", str(ours)))
+        (tmp_path / f"tests/test_{name}.py").write_text(f"def test_it():\n    assert {passes}\n")
+    return tmp_path
+
+
+def run(checkout: Path, module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=checkout, env={**environment, **variables}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_row_says_what_was_measured_and_how(checkout: Path) -> None:
+    out = checkout / "rows.jsonl"
+    done = run(checkout, "bench.run", "fused", "--quick", "--json", str(out), "--markdown", str(checkout / "table.md"))
+    assert done.returncode == 0, done.stderr
+    rows = {row["variant"]: row for row in read(out)}
+    assert list(rows) == ["copy", "matmul", "fused", "eager", "slow", "half", "absent", "refuses", "cheats"]
+    stamp = {"op", "device", "dtype", "quick", "gpu", "cpu", "threads", "driver", "cuda", "torch", "triton", "python",
+             "commit", "sources", "date", "gated", "rehearsal"}  # fmt: skip
+    for row in rows.values():
+        assert stamp <= set(row)
+        assert (row["op"], row["dtype"], row["gated"], row["rehearsal"]) == ("fused", "fp32", True, False)
+
+    for name, least_ms in (("fused", 2), ("eager", 4), ("slow", 8)):
+        row = rows[name]
+        assert least_ms <= row["p20_ms"] <= row["median_ms"] <= row["p80_ms"], row
+        assert row["median_ms"] < 10 * least_ms, "not even a busy machine sleeps that much longer"
+        assert row["gb_s"] == pytest.approx(1e6 / row["median_ms"] * 1e-6)
+        assert row["tflop_s"] == pytest.approx(1e8 / row["median_ms"] * 1e-9)
+        assert row["items_per_s"] == pytest.approx(64 / row["median_ms"] * 1e3)
+        floors = {"memory": 1e6 / rows["copy"]["gb_s"] * 1e-6, "matrix": 1e8 / rows["matmul"]["tflop_s"] * 1e-9}
+        assert row["floor_ms"] == pytest.approx(max(floors.values())) == pytest.approx(floors[row["limit"]])
+        assert row["percent_of_ceiling"] == pytest.approx(100 * max(floors.values()) / row["median_ms"])
+        assert row["speedup_over_best_rival"] == pytest.approx(rows["eager"]["median_ms"] / row["median_ms"])
+        assert row["time_over_yardstick"] == pytest.approx(row["median_ms"] / rows["half"]["median_ms"])
+        assert row["samples"] >= 5 and row["method"] == "host" and row["error"] == 0
+    assert "speedup_over_best_rival" not in rows["half"], "a yardstick is no rival"
+
+    reasons = {name: (rows[name]["status"], rows[name]["reason"]) for name in ("absent", "refuses", "cheats")}
+    assert reasons == {
+        "absent": ("cannot run", "not installed"),
+        "refuses": ("cannot run", "RuntimeError: head width 24 is not supported"),
+        "cheats": ("wrong", "relative error 0.05"),
+    }
+    assert not any("median_ms" in rows[name] for name in reasons)
+    table = (checkout / "table.md").read_text()
+    assert "CPU only" in table and all(f"| {name} " in table for name in reasons) and "| **fused** |" in table
+
+
+@pytest.mark.parametrize("name", ["red", "untested"])
+def test_a_red_or_untested_operation_is_not_timed(checkout: Path, name: str) -> None:
+    (checkout / "bench/cases/untested.py").write_text(NAPS.replace("OURS", "2.0"))
+    done = run(checkout, "bench.run", name, "--quick", "--json", str(checkout / "rows.jsonl"))
+    assert done.returncode == 1 and f"{name}: its tests fail, so it is not timed" in done.stderr
+    assert not (checkout / "rows.jsonl").exists()
+
+
+def test_rows_without_the_gate_say_so_and_a_wrong_result_of_ours_is_an_error(checkout: Path) -> None:
+    out, table = checkout / "rows.jsonl", checkout / "table.md"
+    arguments = ["--quick", "--no-gate", "--json", str(out), "--markdown", str(table)]
+    done = run(checkout, "bench.run", "red", "wrong", *arguments)
+    assert done.returncode == 1, done.stderr
+    rows = {(row["op"], row["variant"]): row for row in read(out)}
+    assert not any(row["gated"] for row in rows.values()) and table.read_text().count("Not gated") == 2
+    assert rows["red", "fused"]["status"] == "ok" and rows["wrong", "eager"]["status"] == "ok"
+    assert rows["wrong", "fused"]["status"] == "wrong" and "median_ms" not in rows["wrong", "fused"]
+
+
+def test_interpreted_kernels_are_never_timed(checkout: Path) -> None:
+    done = run(checkout, "bench.run", "fused", TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "the interpreter is never timed" in done.stderr
+
+
+def test_compile_report_refuses_bad_tiles(checkout: Path) -> None:
+    out = checkout / "tiles.jsonl"
+    done = run(checkout, "bench.compile_report", "--arch", "90", "--jobs", "2", "--json", str(out))
+    assert done.returncode == 1, done.stderr
+    rows = {row["tile"]: row for row in read(out)}
+    assert rows["good"]["failure"] is None
+    assert (rows["good"]["matrix"], rows["good"]["stages"], rows["good"]["spills"]) == ("wgmma bf16", 2, 0)
+    assert rows["no tensor core"]["failure"] == "multiplies 16-bit matrices without tensor cores"
+    assert rows["too much shared"]["failure"] == "shared memory over the 227 KiB of sm_90"
+    assert rows["spills"]["failure"] == "spills" and rows["spills"]["spills"] > 0
+    assert "missing is not defined" in rows["does not compile"]["failure"]
+    assert "good                 sm_90: 1 tiles" in done.stdout and "0 B spilled, 0 failed" in done.stdout
+
+
+def test_compile_report_passes_good_tiles(checkout: Path) -> None:
+    done = run(checkout, "bench.compile_report", "--arch", "80", "90", "--only", "good", "--jobs", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mma.sync bf16" in done.stdout and "wgmma bf16" in done.stdout
+    assert run(checkout, "bench.compile_report", "--only", "ugly").returncode == 2
+
+
+def test_gpu_run_without_a_gpu_is_refused_in_one_line(checkout: Path) -> None:
+    done = run(checkout, "bench.gpu", "--out", "results")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no GPU" in done.stderr
+    assert not (checkout / "results").exists()
+
+
+def test_gpu_run_goes_on_after_failures_and_records_them(checkout: Path) -> None:
+    """A rehearsal: one operation hangs after its first rows, and the next is red."""
+    (checkout / "bench/cases/hangs.py").write_text(
+        NAPS.replace("OURS", "2.0").replace("None, torch", "time.sleep(600), torch")
+    )
+    (checkout / "tests/test_hangs.py").write_text("def test_it():\n    pass\n")
+    out = checkout / "results"
+    names = ["bench hangs", "bench red"]
+    done = run(checkout, "bench.gpu", "--cpu-rehearsal", "--out", str(out), "--minutes", "0.5", "--only", *names)
+    assert done.returncode == 1, done.stderr
+    record = json.loads((out / "results.json").read_text())
+    statuses = {section["name"]: section["status"] for section in record["sections"]}
+    assert statuses == {"bench hangs": "out of time", "bench red": "failed"}
+    rows = read(out / "bench.jsonl")
+    assert [(row["op"], row["variant"], row["rehearsal"]) for row in rows] == [
+        ("hangs", "copy", True), ("hangs", "matmul", True)
+    ]  # fmt: skip
+    report = (out / "results.md").read_text()
+    assert report.startswith("# Rehearsal") and "| bench red | failed |" in report
+    assert "so it is not timed" in (out / "log.txt").read_text()
+    assert len(list(out.iterdir())) <= 8, "more would not all come back from a lent machine"
+    again = run(checkout, "bench.gpu", "--cpu-rehearsal", "--out", str(out))
+    assert again.returncode == 2 and "holds files already" in again.stderr
+
+
+def test_attention_is_ranked_by_time_forward_and_backward() -> None:
+    """As entries for the table of measurements: plain sequences on a GPU only, by the bucket of their length."""
+
+    def row(case: str, variant: str, milliseconds: float, **other: Any) -> dict[str, Any]:
+        return {"op": "attention", "gpu": "H", "direction": "fwd+bwd", "case": case, "variant": variant,
+                "median_ms": milliseconds, **other}  # fmt: skip
+
+    point = "predictor B n=84 d=32 h=12 B=512"
+    rows = [
+        row(point, "sdpa", 0.3), row(point, "triton", 0.1), row(point, "varlen", 0.2),
+        row(point, "torch.compile", 0.05), row(point, "eager", 0.01, direction="fwd"),
+        row("packed " + point, "eager", 0.01), row(point, "eager", 0.01, gpu=None),
+        row("target H n=256 d=80 h=16 B=128", "sdpa_cudnn", 1.0),
+    ]  # fmt: skip
+    code = f"from bench.gpu import attention_table\nprint(*attention_table({rows!r}), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        '"H": {',
+        '    (96, 32): ("triton", "varlen", "sdpa",),  # 84 tokens: 100, 200, 300 us',
+        '    (256, 80): ("sdpa_cudnn",),  # 256 tokens: 1000 us',
+        "},",
+    ], done.stderr
