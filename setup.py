@@ -8,7 +8,8 @@ from setuptools import Extension, setup
 native = runpy.run_path(str(Path(__file__).parent / "cjepa_fast" / "native.py"))
 library = Extension(
     "cjepa_fast._native",  # no Python module: native.py opens the file with ctypes
-    sources=sorted(str(Path("csrc", path.name)) for path in native["sources"]()),
+    sources=[f"csrc/{path.name}" for path in native["sources"]()],
+    depends=[f"csrc/{path.name}" for path in native["headers"]()],
     define_macros=[("CJEPA_SOURCE_HASH", f'"{native["source_hash"]()}"')],
     extra_compile_args=[*native["FLAGS"], "-g0"],  # Python asks for debug information
     extra_link_args=["-pthread"],

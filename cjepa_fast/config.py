@@ -50,16 +50,16 @@ class ModelConfig:
 class MaskConfig:
     """Context and target blocks."""
 
-    mode: Literal["fixed", "faithful"] = "fixed"
-    """fixed follows the paper; faithful has the released sampler's quirks, such as an unused last row."""
+    mode: Literal["fixed", "faithful", "packed", "rasterized", "block", "random"] = "fixed"
+    """fixed as the paper, faithful as the released code, packed uncut; rasterized, block, random: I-JEPA's Table 6."""
     target_scale: Range = (0.15, 0.2)
-    """Area of a target block, as a share of the image."""
+    """Area of a target block, as a share of the image; random mode takes one number twice."""
     target_aspect: Range = (0.75, 1.5)
     """Height over width of a target block."""
     context_scale: Range = (0.85, 1.0)
     """Area of the context block before the targets are cut out of it."""
     num_targets: int = 4
-    """Target blocks per image."""
+    """Target blocks per image. Rasterized mode has 3, block and random mode 1."""
     min_keep: int = 10
     """Fewest patches of a target block and of a context."""
     context_keep: int | None = None
@@ -391,7 +391,31 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         int(patches * mask.target_scale[0]) >= 1,
         f"leaves no patch of the {patches} to predict; raise it, or use a smaller model.patch_size",
     )
+    yield "mask.mode", mask.mode != "packed", "cannot be trained yet, only sampled; use 'fixed'"
+    yield (
+        "mask.mode",
+        mask.mode not in ("block", "random") or not loss.vicreg_weight or loss.vicreg_views != "target_blocks",
+        "has one target, no pair for loss.vicreg_views target_blocks; use context_target, or loss.vicreg_weight 0",
+    )
+    side = model.image_size // model.patch_size
+    yield (
+        "mask.mode",
+        mask.mode != "rasterized" or side % 2 == 0,
+        f"halves both sides of the grid, which has {side}x{side} patches; use an even number of patches",
+    )
+    yield (
+        "mask.target_scale",
+        mask.mode != "random" or mask.target_scale[0] == mask.target_scale[1],
+        "is a range, random mode takes one scale; use 0.6 0.6",
+    )
     yield _at_least(config, "mask.num_targets", 1)
+    blocks = {"rasterized": 3, "block": 1, "random": 1}.get(mask.mode, mask.num_targets)
+    yield "mask.num_targets", mask.num_targets == blocks, f"does not fit mask.mode {mask.mode}; use {blocks}"
+    yield (
+        "mask.context_keep",
+        mask.context_keep is None or mask.mode == "fixed",
+        f"has no meaning in mask.mode {mask.mode}; use None",
+    )
     yield (
         "mask.num_targets",
         mask.num_targets >= 2 or not loss.vicreg_weight or loss.vicreg_views != "target_blocks",

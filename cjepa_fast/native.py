@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from cjepa_fast.reference_masks import MaskSpec
+    from cjepa_fast.reference_masks import MaskArrays, MaskSpec
 
 log = logging.getLogger(__name__)
 
@@ -35,21 +35,30 @@ _BUILD_TIMEOUT_S = 120
 
 
 class _Spec(ctypes.Structure):
-    """`MaskSpec` of csrc/mask_sampler.cpp."""
+    """`MaskSpec` of csrc/mask_spec.h."""
 
     _fields_ = (
         ("seed", ctypes.c_uint64),
         ("step", ctypes.c_uint32),
-        ("faithful", ctypes.c_int32),
-        ("height", ctypes.c_int32),
-        ("width", ctypes.c_int32),
-        ("num_targets", ctypes.c_int32),
-        ("target_h", ctypes.c_int32),
-        ("target_w", ctypes.c_int32),
-        ("context_h", ctypes.c_int32),
-        ("context_w", ctypes.c_int32),
-        ("min_keep", ctypes.c_int32),
-        ("keep", ctypes.c_int32),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                *("mode", "height", "width", "num_targets", "target_h", "target_w", "context_h", "context_w"),
+                *("min_keep", "keep", "cap", "union_cap"),
+            )
+        ),
+    )
+
+
+class _Outputs(ctypes.Structure):
+    """`MaskOutputs` of csrc/mask_spec.h, in the order of `MaskArrays`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            *("context", "target", "counts", "offsets", "image_of"),
+            *("inverse", "union_patches", "union_offsets", "target_slot"),
+        )
     )
 
 
@@ -61,10 +70,14 @@ def sources() -> list[Path]:
     return sorted((PACKAGE / "csrc").glob("*.cpp"))
 
 
+def headers() -> list[Path]:
+    return sorted((PACKAGE / "csrc").glob("*.h"))
+
+
 def source_hash() -> str:
-    """Sixteen hex digits that change with any source or flag."""
+    """Sixteen hex digits that change with any source, header or flag."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sources():
+    for path in [*sources(), *headers()]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -83,7 +96,7 @@ def _open(path: Path) -> ctypes.CDLL | None:
     pointer, length, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.cjepa_philox4x32.argtypes = (pointer, ctypes.c_uint64, pointer)
     library.cjepa_philox4x32.restype = None
-    library.cjepa_sample_masks.argtypes = (pointer, pointer, length, threads, pointer, pointer, pointer)
+    library.cjepa_sample_masks.argtypes = (pointer, pointer, length, threads, pointer)
     library.cjepa_sample_masks.restype = ctypes.c_int
     return library
 
@@ -163,21 +176,36 @@ def philox4x32(counter: tuple[int, int, int, int], seed: int) -> tuple[int, ...]
     return tuple(out)
 
 
-def sample_masks(spec: MaskSpec, ids: np.ndarray, threads: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As `reference_masks.sample`, bit for bit, for any number of threads."""
+def sample_masks(
+    spec: MaskSpec, ids: np.ndarray, threads: int = 1, *, inverse: bool = False, union: bool = False
+) -> MaskArrays:
+    """As `reference_masks.sample`, bit for bit, for any number of threads; the arguments have been checked."""
     import numpy as np
 
-    assert ids.dtype == np.int64 and ids.ndim == 1 and ids.flags.c_contiguous, (ids.dtype, ids.shape)
-    batch = len(ids)
-    stride = spec.context_h * spec.context_w if spec.faithful else spec.keep
-    context = np.empty((batch, stride), np.int16)
-    target = np.empty((batch, spec.num_targets, spec.target_h * spec.target_w), np.int16)
-    counts = np.empty(batch, np.int32)
+    from cjepa_fast.reference_masks import MaskArrays, Mode
+
+    batch, patches = len(ids), spec.height * spec.width
+    targets = (batch, spec.num_targets, spec.target_h * spec.target_w)
+    packed, faithful = spec.mode == Mode.PACKED, spec.mode == Mode.FAITHFUL
+    room = spec.cap if packed else batch * (spec.context_h * spec.context_w if faithful else spec.keep)
+    arrays = MaskArrays(
+        context=np.empty(room, np.int16),
+        target=np.empty(targets, np.int16),
+        counts=np.empty(batch, np.int32),
+        offsets=np.empty(batch + 1, np.int32) if packed else None,
+        image_of=np.empty(room, np.int32) if packed else None,
+        inverse=np.empty((batch, patches), np.int16) if inverse else None,
+        union=np.empty(spec.union_cap, np.int16) if union else None,
+        union_offsets=np.empty(batch + 1, np.int32) if union else None,
+        target_slot=np.empty(targets, np.int16) if union else None,
+    )
+    outputs = _Outputs(*(None if array is None else array.ctypes.data for array in arrays))
     status = _library().cjepa_sample_masks(
-        ctypes.byref(_Spec(**spec._asdict())),
-        *(ids.ctypes.data, batch, threads),
-        *(context.ctypes.data, target.ctypes.data, counts.ctypes.data),
+        ctypes.byref(_Spec(*spec)), ids.ctypes.data, batch, threads, ctypes.byref(outputs)
     )
     if status != 0:
         raise RuntimeError(f"{('impossible block sizes', 'no context for some image')[status - 1]} at {spec}")
-    return context[:, : counts.min()] if spec.faithful else context, target, counts
+    if packed:
+        return arrays
+    kept = int(arrays.counts.min()) if faithful else spec.keep
+    return arrays._replace(context=arrays.context[: batch * kept].reshape(batch, kept))

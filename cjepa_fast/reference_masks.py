@@ -1,4 +1,4 @@
-"""The plain NumPy truth of the multi-block mask sampler; `csrc/mask_sampler.cpp` gives the same bits.
+"""The plain NumPy truth of the mask sampler; `csrc/mask_sampler.cpp` and `csrc/mask_sampler.cu` give the same bits.
 
 Every random number is a word of Philox4x32-10 (Salmon et al., SC 2011), read at an address instead of drawn
 from a state, so a mask depends on (seed, step, sample id) and on nothing else:
@@ -8,14 +8,15 @@ from a state, so a mask depends on (seed, step, sample id) and on nothing else:
 
     stream 0  sizes     id 0, block 0: words for target scale, target aspect, context scale, context aspect
     stream 1  targets   block m // 2: words 2 (m % 2) and 2 (m % 2) + 1 are the row and column of target m
-    stream 2  context   block 0: words 0 and 1 are the row and column of the window
-    stream 3  subset    low 28 bits i // 4: word i % 4 is the i-th draw of the subset (fixed mode)
+    stream 2  context   block 0: words 0 and 1 are the row and column of the window; rasterized: word 0, the quadrant
+    stream 3  subset    low 28 bits i // 4: word i % 4 is the i-th draw of the subset (fixed, random)
 
 A word u becomes an integer in [0, n) as (u * n) >> 32. Nothing after the block sizes is floating point.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +25,27 @@ from cjepa_fast.philox import philox4x32
 
 SIZES, TARGETS, CONTEXT, SUBSET = range(4)
 TRIES_PER_REGION = 20  # faithful: failures before one more target may overlap the context
+MAX_SIDE, MAX_TARGETS = 64, 64
 MAX_ATTEMPTS = 64  # fixed: each fails for about 1 image in 128, at worst (a large min_keep) for 1 in 2
 
 
+class Mode(IntEnum):
+    """How context and targets are found: `csrc/mask_spec.h` and `cjepa_fast.masks.MultiBlockSampler` say it."""
+
+    FIXED = 0
+    FAITHFUL = 1
+    PACKED = 2
+    RASTERIZED = 3
+    BLOCK = 4
+    RANDOM = 5
+
+
 class MaskSpec(NamedTuple):
-    """All that the masks of one step depend on, apart from the sample ids."""
+    """All that the masks of one call depend on, apart from the sample ids; csrc/mask_spec.h explains the modes."""
 
     seed: int
     step: int
-    faithful: bool
+    mode: int
     height: int
     width: int
     num_targets: int
@@ -40,8 +53,76 @@ class MaskSpec(NamedTuple):
     target_w: int
     context_h: int
     context_w: int
-    min_keep: int  # faithful: a context needs more patches than this
-    keep: int  # fixed: context patches kept of every image; 0 to measure the raw counts
+    min_keep: int  # packed: fewest patches of a context; faithful: one less than that
+    keep: int  # context patches of every image; fixed: 0 to measure the raw counts; faithful, packed: without meaning
+    cap: int = 0  # packed: room for the contexts of the call
+    union_cap: int = 0  # room for the unions of the call
+
+
+class MaskArrays(NamedTuple):
+    """What one call gives: B images, M targets of Kt patches, N patches of the grid; int16 except where noted.
+
+    Patch numbers are row-major; lists of them and slots ascend. None: not asked for, or not a part of the mode.
+    """
+
+    context: np.ndarray  # [B, Kc]; packed: [cap], image after image, then -1
+    target: np.ndarray  # [B, M, Kt]
+    counts: np.ndarray  # [B] int32, the length of each context before any cut
+    offsets: np.ndarray | None = None  # [B + 1] int32, packed: where each context begins; none exceeds cap
+    image_of: np.ndarray | None = None  # [cap] int32, packed: the image of each token, -1 behind the last
+    inverse: np.ndarray | None = None  # [B, N], slot of each patch in its image's context, else -1
+    union: np.ndarray | None = None  # [union_cap], the patches of any target, image after image, then -1
+    union_offsets: np.ndarray | None = None  # [B + 1] int32, where each union begins; none exceeds union_cap
+    target_slot: np.ndarray | None = None  # [B, M, Kt], slot of each target patch in its image's union
+
+
+def check(spec: MaskSpec, ids: np.ndarray) -> None:
+    """Raises ValueError with the first property of `ids`, or field of `spec`, that is not as the samplers need it."""
+    if not isinstance(ids, np.ndarray):
+        where = f"a {type(ids).__name__}" + (f" on {ids.device}" if hasattr(ids, "device") else "")
+        raise ValueError(f"ids is {where}: pass a NumPy array")
+    if ids.dtype != np.int64 or ids.ndim != 1 or ids.size == 0:
+        raise ValueError(f"ids is {ids.dtype} {list(ids.shape)}: pass int64 [B] with B >= 1")
+    if not ids.flags.c_contiguous:
+        raise ValueError(f"ids has stride {ids.strides[0]}: pass a contiguous array")
+    if ids.min() < 0:
+        raise ValueError(f"ids holds {ids.min()}: pass 0 to 2**63 - 1")
+
+    height, width, room = spec.height, spec.width, int(spec.mode == Mode.FAITHFUL)
+    patches, window = height * width, spec.context_h * spec.context_w
+    limits: dict[str, tuple[float, float]] = {
+        "seed": (0, 2**64 - 1),
+        "step": (0, 2**32 - 1),
+        "mode": (0, max(Mode)),
+        "height": (1, MAX_SIDE),
+        "width": (1, MAX_SIDE),
+        "num_targets": (1, MAX_TARGETS),
+        "target_h": (1, height - room),
+        "target_w": (1, width - room),
+        "context_h": (1, height - room),
+        "context_w": (1, width - room),
+        "min_keep": (0, 2**31 - 1),
+        "keep": (0, 2**31 - 1),
+        "cap": (0, 2**31 - 1),
+        "union_cap": (0, 2**31 - 1),
+    }
+    if spec.mode == Mode.FIXED:
+        limits["keep"] = (0, window)
+    elif spec.mode in (Mode.FAITHFUL, Mode.PACKED):
+        limits["min_keep"] = (0, window - 1)
+    else:  # one value for most fields: the context is the complement of the targets
+        parts, h, w = (3, height / 2, width / 2) if spec.mode == Mode.RASTERIZED else (1, height, width)
+        limits |= {"num_targets": (parts, parts), "context_h": (h, h), "context_w": (w, w)}
+        if spec.mode == Mode.RASTERIZED:
+            limits |= {"target_h": (h, h), "target_w": (w, w)}
+        if spec.mode == Mode.RANDOM:
+            limits |= {"target_h": (1, 1), "target_w": (1, patches)}
+        left = patches - parts * spec.target_h * spec.target_w
+        limits["keep"] = (left, left)
+    for name, (low, high) in limits.items():
+        value = getattr(spec, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name}={value} at {spec}: pass {low if low == high else f'{low} to {high}'}")
 
 
 def _words(spec: MaskSpec, ids: np.ndarray, stream: int, address: int) -> np.ndarray:
@@ -60,7 +141,7 @@ def _below(words: np.ndarray, n: int | np.ndarray) -> np.ndarray:
 def _corner(spec: MaskSpec, words: np.ndarray, h: int, w: int) -> np.ndarray:
     """Top-left corner [B, 2] of an h x w block from its row and column words [B, 2]."""
     # The reference passes H - h to an exclusive randint, so its blocks never touch the last row or column.
-    room = 0 if spec.faithful else 1
+    room = 0 if spec.mode == Mode.FAITHFUL else 1
     rows = _below(words[:, 0], spec.height - h + room)
     return np.stack((rows, _below(words[:, 1], spec.width - w + room)), axis=-1)
 
@@ -71,8 +152,24 @@ def _inside(spec: MaskSpec, corner: np.ndarray, h: int, w: int) -> np.ndarray:
     return ((row >= 0) & (row < h))[:, :, None] & ((col >= 0) & (col < w))[:, None, :]
 
 
+def _listed(members: np.ndarray, size: int) -> np.ndarray:
+    """The `size` patches of each row of `members` [B, N] bool, ascending: [B, size]."""
+    return np.nonzero(members)[1].reshape(len(members), size)
+
+
+def _place_target(spec: MaskSpec, ids: np.ndarray, attempt: int, m: int) -> np.ndarray:
+    words = _words(spec, ids, TARGETS, attempt << 8 | m // 2)[:, 2 * (m % 2) : 2 * (m % 2) + 2]
+    return _corner(spec, words, spec.target_h, spec.target_w)
+
+
+def _target_patches(spec: MaskSpec, corners: np.ndarray) -> np.ndarray:
+    """The patches of blocks at `corners` [B, M, 2]: [B, M, Kt]."""
+    block = np.arange(spec.target_h)[:, None] * spec.width + np.arange(spec.target_w)
+    return corners[..., :1] * spec.width + corners[..., 1:] + block.reshape(-1)
+
+
 def _random_subset(spec: MaskSpec, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """A random `keep`-subset of range(counts[b]) for each sample, by Floyd's algorithm: [B, H W] bool."""
+    """A random `keep`-subset of range(counts[b]) for each sample, by Floyd's algorithm: [B, N] bool."""
     picked = np.zeros((len(ids), spec.height * spec.width), bool)
     image = np.arange(len(ids))
     words = np.empty((len(ids), 4), np.uint32)
@@ -85,43 +182,91 @@ def _random_subset(spec: MaskSpec, ids: np.ndarray, counts: np.ndarray) -> np.nd
     return picked
 
 
-def sample(spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks of one step for `ids` [B] int64: context [B, Kc], target [B, M, Kt] (int16), counts [B] (int32).
-
-    Indices are row-major patch numbers, ascending. `counts` is the length of each context before it is cut to
-    Kc: to the shortest of this call, keeping the row-major prefix (faithful), or to `keep` patches chosen at
-    random (fixed).
-    """
-    batch, blocks = len(ids), spec.num_targets
+def _multi_block(spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Patches of the window outside the targets [B, N] bool, and the targets [B, M, Kt]: fixed, faithful, packed."""
+    batch, blocks, faithful = len(ids), spec.num_targets, spec.mode == Mode.FAITHFUL
+    least = {Mode.FIXED: spec.keep, Mode.FAITHFUL: spec.min_keep + 1, Mode.PACKED: spec.min_keep}[Mode(spec.mode)]
     corners = np.empty((batch, blocks, 2), np.int64)
     free = np.empty((batch, spec.height, spec.width), bool)
     pending = np.arange(batch)
-    for attempt in range(TRIES_PER_REGION * blocks + 1 if spec.faithful else MAX_ATTEMPTS):
+    for attempt in range(TRIES_PER_REGION * blocks + 1 if faithful else MAX_ATTEMPTS):
         some = ids[pending]
-        if attempt == 0 or not spec.faithful:  # the reference redraws the context alone
+        if attempt == 0 or not faithful:  # the reference redraws the context alone
             for m in range(blocks):
-                words = _words(spec, some, TARGETS, attempt << 8 | m // 2)[:, 2 * (m % 2) : 2 * (m % 2) + 2]
-                corners[pending, m] = _corner(spec, words, spec.target_h, spec.target_w)
-        words = _words(spec, some, CONTEXT, attempt << 8)
-        window = _corner(spec, words, spec.context_h, spec.context_w)
+                corners[pending, m] = _place_target(spec, some, attempt, m)
+        window = _corner(spec, _words(spec, some, CONTEXT, attempt << 8), spec.context_h, spec.context_w)
         left = _inside(spec, window, spec.context_h, spec.context_w)
-        for m in range(blocks - attempt // TRIES_PER_REGION if spec.faithful else blocks):
+        for m in range(blocks - attempt // TRIES_PER_REGION if faithful else blocks):
             left &= ~_inside(spec, corners[pending, m], spec.target_h, spec.target_w)
         free[pending] = left
-        count = left.sum((1, 2))
-        pending = pending[count <= spec.min_keep if spec.faithful else count < spec.keep]
+        pending = pending[left.sum((1, 2)) < least]
         if len(pending) == 0:
-            break
-    if len(pending) > 0:
-        raise RuntimeError(f"no context for sample {ids[pending[0]]} at {spec}")
+            return free.reshape(batch, -1), _target_patches(spec, corners)
+    raise RuntimeError(f"no context for sample {ids[pending[0]]} at {spec}")
 
-    counts = free.sum((1, 2))
-    keep = int(counts.min()) if spec.faithful else spec.keep
-    rank = np.arange(spec.height * spec.width)
-    picked = rank < np.full((batch, 1), keep) if spec.faithful else _random_subset(spec, ids, counts)
-    # Both sides of the indexing list the free patches of all images in one row-major order.
-    patch = np.nonzero(free.reshape(batch, -1))[1]
-    context = patch[picked[rank < counts[:, None]]].reshape(batch, keep)
-    block = np.arange(spec.target_h)[:, None] * spec.width + np.arange(spec.target_w)
-    target = (corners[..., :1] * spec.width + corners[..., 1:]) + block.reshape(-1)
-    return context.astype(np.int16), target.astype(np.int16), counts.astype(np.int32)
+
+def _ablation(spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Context [B, N] bool and targets [B, M, Kt] of the modes whose context is the complement of the targets."""
+    patches = spec.height * spec.width
+    if spec.mode == Mode.RASTERIZED:
+        row, col = np.divmod(np.arange(patches), spec.width)
+        quadrant = row // spec.target_h * 2 + col // spec.target_w
+        members = np.argsort(quadrant, kind="stable").reshape(4, -1)
+        chosen = _below(_words(spec, ids, CONTEXT, 0)[:, 0], 4)
+        others = np.array([[q for q in range(4) if q != c] for c in range(4)])[chosen]
+        return quadrant == chosen[:, None], members[others]
+    if spec.mode == Mode.BLOCK:
+        target = _target_patches(spec, _place_target(spec, ids, 0, 0)[:, None])
+        kept = np.ones((len(ids), patches), bool)
+        np.put_along_axis(kept, target[:, 0], False, axis=1)
+        return kept, target
+    kept = _random_subset(spec, ids, np.full(len(ids), patches))
+    return kept, _listed(~kept, spec.target_w)[:, None]
+
+
+def _pack(members: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The patches of every row of `members` [B, N] one behind another [room], their row [room], the offsets [B + 1]."""
+    rows, patches = np.nonzero(members)
+    listed, owner = np.full(room, -1), np.full(room, -1)
+    listed[: len(patches)], owner[: len(patches)] = patches[:room], rows[:room]
+    offsets = np.concatenate(([0], members.sum(1).cumsum()))
+    return listed, owner, np.minimum(offsets, room)
+
+
+def sample(spec: MaskSpec, ids: np.ndarray, *, inverse: bool = False, union: bool = False) -> MaskArrays:
+    """Masks of one call for `ids` [B] int64; `inverse` and `union` ask for the maps of these names.
+
+    What does not fit into `cap` or `union_cap` is left out, from the end; target slots are lowered so that
+    union_offsets[b] + slot < union_cap, which keeps a read through them in bounds. Raises RuntimeError if fixed or
+    packed find no context of the least length in MAX_ATTEMPTS.
+    """
+    if spec.mode in (Mode.FIXED, Mode.FAITHFUL, Mode.PACKED):
+        kept, target = _multi_block(spec, ids)
+    else:
+        kept, target = _ablation(spec, ids)
+    counts = kept.sum(1)
+    if spec.mode == Mode.FIXED:
+        picked = _random_subset(spec, ids, counts)
+        # Both sides of the indexing list the free patches of all images in one row-major order.
+        kept[kept] = picked[np.arange(kept.shape[1]) < counts[:, None]]
+    elif spec.mode == Mode.FAITHFUL:
+        kept &= kept.cumsum(1) <= counts.min()
+
+    maps: dict[str, np.ndarray] = {}
+    if spec.mode == Mode.PACKED:
+        context, owner, offsets = _pack(kept, spec.cap)
+        maps |= {"offsets": offsets.astype(np.int32), "image_of": owner.astype(np.int32)}
+        kept &= kept.cumsum(1) <= np.diff(offsets)[:, None]
+    else:
+        context = _listed(kept, int(kept.sum(1).max()))
+    if inverse:
+        maps["inverse"] = np.where(kept, kept.cumsum(1) - 1, -1).astype(np.int16)
+    if union:
+        covered = np.zeros_like(kept)
+        np.put_along_axis(covered, target.reshape(len(ids), -1), True, axis=1)
+        listed, _, offsets = _pack(covered, spec.union_cap)
+        slot = np.take_along_axis(covered.cumsum(1) - 1, target.reshape(len(ids), -1), axis=1)
+        slot = np.minimum(slot, spec.union_cap - 1 - offsets[:-1, None]).reshape(target.shape)
+        maps |= {"union": listed.astype(np.int16), "union_offsets": offsets.astype(np.int32)}
+        maps["target_slot"] = slot.astype(np.int16)
+    return MaskArrays(context.astype(np.int16), target.astype(np.int16), counts.astype(np.int32), **maps)

@@ -60,7 +60,11 @@ def train(command: cli.Command, world: config.World) -> int:
     config.validate_world(c, world.size)
     device = pick_device(c.runtime.device, world.local_rank)
     ops.require(c.runtime.kernels, device.type)
-    ops.require_attention(c.runtime.attention, device.type)
+    shape, patches = vit.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
+    ops.require_attention(
+        c.runtime.attention, device.type, dtype=activation_dtype(c), length=patches,
+        head_dims=(shape.width // shape.heads, c.model.predictor_width // (c.model.predictor_heads or shape.heads)),
+    )  # fmt: skip
     require_sinks(tensorboard=c.run.tensorboard, wandb_project=c.run.wandb)
     if resume is not None:
         checkpoint.require(resume / CHECKPOINTS)
@@ -108,7 +112,7 @@ def train(command: cli.Command, world: config.World) -> int:
     distributed.connect(world.rank, world.size, device)
     torch.manual_seed(c.seed)
     networks = build_networks(c).to(device)
-    compiled = compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode == "fixed")
+    compiled = compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
     dtype = networks.encoder.dtype
     for network, blocks, trained in (
         (networks.encoder, networks.encoder.blocks, True),
@@ -169,7 +173,7 @@ def train(command: cli.Command, world: config.World) -> int:
     accuracy, status, done = None, "completed", first_step
     for step, batch in enumerate(batches, start=first_step):
         masks = sampler.sample(step, batch.ids)
-        context, target = (to_device(indices, device) for indices in masks)
+        context, target = (to_device(indices, device) for indices in (masks.context, masks.target))
         out = forward_backward(networks, batch.images, context, target, weights, c.runtime.accumulate)
         for group in optimizer.param_groups:
             group["lr"] = float(schedule.lr[step])
@@ -255,9 +259,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
 
 
+def activation_dtype(c: config.Config) -> torch.dtype:
+    """The type of activations and matrix products."""
+    return torch.bfloat16 if c.model.precision == "bf16" else torch.float32
+
+
 def build_networks(c: config.Config) -> Networks:
     """The four networks of a configuration, on the CPU, drawn from torch's global generator."""
-    dtype = torch.bfloat16 if c.model.precision == "bf16" else torch.float32
+    dtype = activation_dtype(c)
     encoder, target_encoder = (
         vit.build_encoder(
             c.model.encoder, c.model.image_size, c.model.patch_size, mean=c.data.mean, std=c.data.std,

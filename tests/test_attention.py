@@ -33,8 +33,8 @@ DTYPES = [
     pytest.param(torch.float16, marks=pytest.mark.gpu),
 ]
 # sequences, tokens, heads, head width: of the predictors of ViT-S, B, L and H; ragged; softmax in several passes; the
-# widest heads in a tile that is not full
-SHAPES = [(2, 51, 2, 64), (1, 84, 2, 32), (1, 84, 2, 24), (1, 112, 1, 24), (2, 13, 1, 80), (2, 20, 1, 88),
+# widest heads, in a tile that is not full
+SHAPES = [(2, 51, 2, 64), (1, 84, 2, 32), (1, 84, 2, 24), (1, 112, 1, 24), (2, 13, 1, 80), (1, 40, 1, 88),
           (1, 300, 1, 32), (1, 70, 1, 128)]  # fmt: skip
 HEADS, DIM = 2, 24
 WIDTH = HEADS * DIM
@@ -258,6 +258,16 @@ def test_large_logits(tiles: None) -> None:
     so the yardstick is torch's fused kernel."""
     qkv = rows(1, 70, 3 * 32)
     qkv[..., :64] *= 12
+    assert_no_worse(call(ops.attention, 1, impl="triton"), call(ops.attention, 1, impl="sdpa"), [qkv], torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [13, 150])
+def test_logits_far_below_zero(tokens: int, tiles: None) -> None:
+    """Near -570, where a key that is not there would win with its logit of 0."""
+    qkv = rows(1, tokens, 3 * 32)
+    qkv[..., :64] /= 10
+    qkv[..., :32] += 10
+    qkv[..., 32:64] -= 10
     assert_no_worse(call(ops.attention, 1, impl="triton"), call(ops.attention, 1, impl="sdpa"), [qkv], torch.float32)
 
 
@@ -575,6 +585,12 @@ def test_require_attention(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"^runtime.attention: xformers cannot run: xformers is not installed; use auto"
     ):
         ops.require_attention("xformers", "cuda")
+    with pytest.raises(UserError, match=r"^runtime.attention: triton cannot run: head width 12 is not among 24, "):
+        ops.require_attention("triton", "cuda", head_dims=(64, 12))
+    with pytest.raises(UserError, match=r"^runtime.attention: triton cannot run: sequences are longer than 1024"):
+        ops.require_attention("triton", "cuda", length=1025)
+    with pytest.raises(UserError, match=r"^runtime.attention: sdpa_flash cannot run: dtype torch.float32 is not bf16"):
+        ops.require_attention("sdpa_flash", "cuda", dtype=torch.float32)
     for impl in ("auto", "eager", "sdpa", "sdpa_flash"):
         ops.require_attention(impl, "cpu")
     for impl in ("auto", "triton", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "varlen"):

@@ -57,7 +57,10 @@ BAD_FLAGS = [
     ("--optim.steps 1.5", "--optim.steps: expected a whole number or None, got '1.5'"),
     ("--optim.betas 0.9", "--optim.betas: expected 2 numbers, got '0.9'"),
     ("--optim.betas 0.9 x", "--optim.betas: expected 2 numbers, got '0.9 x'"),
-    ("--mask.mode Fixed", "--mask.mode: expected one of fixed, faithful, got 'Fixed'"),
+    (
+        "--mask.mode Fixed",
+        "--mask.mode: expected one of fixed, faithful, packed, rasterized, block, random, got 'Fixed'",
+    ),
     (
         "--data.hflip False",
         "--data.hflip: takes no value, got 'False'; write --data.hflip or --data.no-hflip",
@@ -175,7 +178,10 @@ BAD_YAML = [
     ("optim: {betas: [0.9]}", ":1: optim.betas: expected 2 numbers, got ['0.9']"),
     ("optim: {betas: 0.9}", ":1: optim.betas: expected 2 numbers, got '0.9'"),
     ("data: {hflip: 1}", ":1: data.hflip: expected true or false, got '1'"),
-    ("mask: {mode: null}", ":1: mask.mode: expected one of fixed, faithful, got null"),
+    (
+        "mask: {mode: null}",
+        ":1: mask.mode: expected one of fixed, faithful, packed, rasterized, block, random, got null",
+    ),
     ("model: {precision: fp16}", ":1: model.precision: expected one of fp32, bf16, got 'fp16'"),
     ("preset: [demo]", ":1: preset: expected text, got ['demo']"),
     ("preset: demoo", ": unknown preset 'demoo'; did you mean 'demo'?"),

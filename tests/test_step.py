@@ -29,7 +29,8 @@ def batch(step: int, size: int = BATCH) -> tuple[torch.Tensor, torch.Tensor, tor
     images = torch.randint(
         0, 256, (size, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
     )
-    return images, *MultiBlockSampler(SIZE // PATCH, min_keep=3).sample(step, torch.arange(size))
+    masks = MultiBlockSampler(SIZE // PATCH, min_keep=3).sample(step, torch.arange(size))
+    return images, masks.context, masks.target
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -57,7 +58,7 @@ def test_ten_steps_equal_the_reference(impl: str) -> None:
 
         leaves = {name: truth[name].requires_grad_() for name in trained}
         loss = reference.cjepa_loss(
-            ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2), context, target,
+            ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2), context.long(), target.long(),
             context_encoder=lambda x, i: reference.encoder(part("encoder."), x, i, SHAPE.heads),
             target_encoder=lambda x, i: reference.encoder(part("target_encoder."), x, i, SHAPE.heads),
             predict=lambda z, c, t: reference.predictor(part("predictor."), z, c, t, NARROW.heads),

@@ -6,12 +6,14 @@ import functools
 import importlib.util
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import register_flop_formula
 
@@ -72,18 +74,9 @@ def attention(
     packed, structured = offsets is not None or query_offsets is not None, target_blocks is not None
     longest = max_length if offsets is not None else qkv.shape[1]
     assert longest is not None
-    # the bucket is found by comparisons, so that a compiled program stays valid for a range of lengths; the head width
-    # is made a constant, which it is for a model
-    bucket = next((tokens for tokens in TOKENS if longest <= tokens), 0)
+    head_dim = operator.index(width // heads)  # to the compiler a constant, which it is for a model
     backend = choose_attention(
-        impl,
-        qkv.device.type,
-        qkv.device.index,
-        str(qkv.dtype),
-        operator.index(width // heads),
-        bucket,
-        packed,
-        structured,
+        impl, qkv.device.type, qkv.device.index, str(qkv.dtype), head_dim, _bucket(longest), packed, structured
     )
     if backend == "triton":
         with_lse = torch.is_grad_enabled() and (qkv.requires_grad or (query is not None and query.requires_grad))
@@ -106,12 +99,28 @@ def attention(
     return out.flatten(-2)
 
 
-def require_attention(impl: str, device_type: str) -> None:
-    """Raises UserError if `impl` can never run on tensors of this device type: to ask before a run."""
+def require_attention(
+    impl: str, device_type: str, *, dtype: torch.dtype = torch.bfloat16, head_dims: Iterable[int] = (64,),
+    length: int = 1,
+) -> None:  # fmt: skip
+    """Raises UserError if `impl` cannot run plain attention on such tensors: to ask before a run.
+
+    Args:
+        head_dims: head widths d of all networks. length: of the longest sequence.
+    """
     if impl not in ("auto", *BACKENDS):
         raise UserError(f"runtime.attention: unknown {impl!r}; known: auto, {', '.join(BACKENDS)}")
-    if impl != "auto" and (obstacle := _obstacle(impl, device_type, "torch.bfloat16", 64, TOKENS[0], False, False)):
-        raise UserError(f"runtime.attention: {impl} cannot run: {obstacle}; use auto")
+    if impl == "auto":
+        return
+    for head_dim in head_dims:
+        if why := _obstacle(impl, device_type, str(dtype), head_dim, _bucket(length), False, False):
+            raise UserError(f"runtime.attention: {impl} cannot run: {why}; use auto")
+
+
+def _bucket(length: int) -> int:
+    """The one of `TOKENS` that holds a sequence, 0 for longer ones."""
+    # comparisons only, so that a compiled program stays valid for a range of lengths
+    return next((tokens for tokens in TOKENS if length <= tokens), 0)
 
 
 def choose_attention(
@@ -293,12 +302,11 @@ def _structured(backend: str, q: Tensor, k: Tensor, v: Tensor, blocks: int, bloc
 
 
 def _materialised(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, mask: Tensor | None) -> Tensor:
-    """The maths, over [..., K, d]; a query whose mask is all False gets zeros."""
+    """The maths, over [..., K, d]; a query whose mask is all False gets the mean of the values: of padding, zeros."""
     scores = (q @ k.transpose(-1, -2)) * scale
-    if mask is None:
-        return scores.softmax(dim=-1) @ v
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1).masked_fill(~mask, 0.0) @ v
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1) @ v
 
 
 def _padded(
@@ -437,7 +445,7 @@ def _flops(
     def lengths(rows: Tensor, starts: Tensor | None, longest: int) -> list[int]:
         if starts is None:
             return [rows.shape[1]] * rows.shape[0]
-        fake = isinstance(starts, FakeTensor) or starts.device.type == "meta"
+        fake = isinstance(starts, (FakeTensor, FunctionalTensor)) or starts.device.type == "meta"
         return [longest] * (starts.shape[0] - 1) if fake else starts.diff().tolist()
 
     keys = lengths(qkv, offsets, max_length)

@@ -8,7 +8,7 @@ import numpy as np
 
 from cjepa_fast import native, reference_masks
 from cjepa_fast.errors import UserError
-from cjepa_fast.reference_masks import MaskSpec
+from cjepa_fast.reference_masks import MaskArrays, MaskSpec
 
 _IMAGES_PER_THREAD, _MAX_THREADS = 1024, 8  # below a thousand images a thread costs more than it samples
 
@@ -33,8 +33,15 @@ def mask_sampler(impl: str) -> str:
     return "numpy"
 
 
-def sample_masks(spec: MaskSpec, ids: np.ndarray, *, impl: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks of the samples `ids` [B] int64: see `cjepa_fast.reference_masks.sample`; `impl` is "native" or "numpy"."""
+def sample_masks(
+    spec: MaskSpec, ids: np.ndarray, *, impl: str, inverse: bool = False, union: bool = False
+) -> MaskArrays:
+    """Masks of the samples `ids` [B] int64: see `cjepa_fast.reference_masks.sample`; `impl` is "native" or "numpy".
+
+    Raises ValueError for arguments that are not as documented.
+    """
+    reference_masks.check(spec, ids)
     if impl == "numpy":
-        return reference_masks.sample(spec, ids)
-    return native.sample_masks(spec, ids, max(1, min(len(ids) // _IMAGES_PER_THREAD, _MAX_THREADS)))
+        return reference_masks.sample(spec, ids, inverse=inverse, union=union)
+    threads = max(1, min(len(ids) // _IMAGES_PER_THREAD, _MAX_THREADS))
+    return native.sample_masks(spec, ids, threads, inverse=inverse, union=union)
