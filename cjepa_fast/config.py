@@ -158,6 +158,8 @@ class RuntimeConfig:
         "auto", "triton", "eager", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "varlen"
     ] = "auto"
     """Implementation of attention; auto takes what was measured to be fastest on this GPU, else sdpa."""
+    masks: Literal["auto", "native", "numpy", "cuda"] = "auto"
+    """Sampler of the masks: auto takes C++ (native) or, without it, NumPy; cuda samples on the GPU."""
     accumulate: int = 1
     """Parts into which each process cuts its batch to save memory; batch statistics stay global."""
     fsdp_blocks: int = 4

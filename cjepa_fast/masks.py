@@ -32,7 +32,7 @@ MODES = tuple(mode.name.lower() for mode in Mode)
 
 
 class Masks(NamedTuple):
-    """Masks of B images with M targets of Kt patches each, N patches in all: on the CPU, int16 except where noted.
+    """Masks of B images with M targets of Kt patches each, N patches in all: int16 except where noted.
 
     Patch numbers are row-major and ascend, as do slots, which are positions in the image's own list. None: not asked
     for, or not a part of the mode.
@@ -174,7 +174,8 @@ class MultiBlockSampler:
         num_targets: target blocks per image, M; 3 for rasterized, 1 for block and random.
         min_keep: fewest patches of a target block and of a context (faithful: one more than this).
         context_keep: Kc for every block size instead of the quantile; fixed mode only.
-        impl: "native" (C++), "numpy" (same bits), or "auto": native if it is there or can be built.
+        impl: "native" (C++), "numpy" or "cuda" (same bits), or "auto": native if it is there or can be built, else
+            numpy. With "cuda" the masks are made on torch's current GPU, and only faithful mode waits for it.
 
     Raises:
         UserError: an argument is out of range, or some block size cannot satisfy `min_keep`.
@@ -214,6 +215,9 @@ class MultiBlockSampler:
         if mode == "rasterized" and (height % 2 or width % 2):
             raise UserError(f"grid={grid!r} has no quadrants for rasterized mode: use even sides")
         self.impl = ops.mask_sampler(impl)
+        self._simulator = ops.mask_sampler("auto") if self.impl == "cuda" else self.impl
+        self._room_for = 0  # images that the CUDA sampler's workspace serves
+        self._workspace = self._status = torch.empty(0)
 
         self._mode = Mode[mode.upper()]
         self._limit = (height - 1, width - 1) if mode == "faithful" else (height, width)
@@ -273,7 +277,7 @@ class MultiBlockSampler:
         for h, w in self._target_sizes if simulated else ():
             # Every larger window contains one of the smallest, so the smallest alone decides the quantile.
             window = min(self._context_sizes, key=math.prod)
-            counts = _raw_counts(self.impl, self._simulation((h, w), window))
+            counts = _raw_counts(self._simulator, self._simulation((h, w), window))
             quantile, median = int(counts[_SIMULATED // _TAIL]), int(counts[_SIMULATED // 2])
             if self.mode == "fixed":
                 keep[h * w] = self.context_keep or max(min(quantile, keep.get(h * w, quantile)), self.min_keep)
@@ -324,9 +328,9 @@ class MultiBlockSampler:
             for size in (size for size in self._target_sizes if math.prod(size) == area):
                 spec = self._simulation(size, context, self.min_keep if self._mode == Mode.PACKED else 0)
                 if kind == "cap":
-                    lengths = _raw_counts(self.impl, spec)
+                    lengths = _raw_counts(self._simulator, spec)
                 else:
-                    lengths = _union_lengths(self.impl, spec._replace(union_cap=_SIMULATED * covered))
+                    lengths = _union_lengths(self._simulator, spec._replace(union_cap=_SIMULATED * covered))
                 # of the total, and of the simulated mean that stands for the true one
                 deviation = float(lengths.std()) * math.sqrt(batch_size + batch_size**2 / _SIMULATED)
                 room = max(room, batch_size * float(lengths.mean()) + _DEVIATIONS * deviation)
@@ -369,12 +373,32 @@ class MultiBlockSampler:
         """
         ids = _check_ids(sample_ids)
         spec = self.spec(step, len(ids), union=union)
+        if self.impl == "cuda":
+            return self._sample_on_gpu(spec, ids, inverse, union)
         context, target, _, *maps = ops.sample_masks(spec, ids, impl=self.impl, inverse=inverse, union=union)
         return Masks(
             torch.from_numpy(context),
             torch.from_numpy(target),
             *(None if array is None else torch.from_numpy(array) for array in maps),
         )
+
+    def _sample_on_gpu(self, spec: MaskSpec, ids: np.ndarray, inverse: bool, union: bool) -> Masks:
+        # the step travels with the ids, in one copy from pinned memory that the host need not wait for
+        words = torch.from_numpy(np.append(ids, spec.step)).pin_memory().cuda(non_blocking=True)
+        if self._room_for == 0:
+            self._status = torch.zeros(1, dtype=torch.int32, device=words.device)
+        if self._room_for < len(ids):
+            self._room_for, self._workspace = len(ids), ops.mask_workspace(len(ids), str(words.device))
+        masks = ops.sample_masks_on_gpu(
+            spec, words[-1:], words[:-1], inverse=inverse, union=union, workspace=self._workspace, status=self._status
+        )
+        context = masks.context if masks.shortest is None else masks.context[:, : int(masks.shortest)]
+        return Masks(context, masks.target, *masks[3:-1])
+
+    def verify(self) -> None:
+        """Raises RuntimeError if some image ever found no context; waits for the GPU. On the CPU `sample` raises."""
+        if self._status.any():
+            raise RuntimeError("the CUDA mask sampler found no context for some image: use a larger context_scale")
 
     def shapes(self) -> tuple[tuple[float, int | None, int], ...]:
         """Every (probability, Kc, Kt) a step can have; Kc is None in faithful and packed mode, where it varies."""
@@ -397,7 +421,7 @@ class MultiBlockSampler:
         mean_context = 0.0
         for target, p in self._target_sizes.items():
             for context, q in self._context_sizes.items():
-                counts = _raw_counts(self.impl, self._simulation(target, context, least))
+                counts = _raw_counts(self._simulator, self._simulation(target, context, least))
                 # Of N sorted counts, the i-th is the least of B drawn with replacement with this probability.
                 survival = (np.arange(_SIMULATED, -1, -1) / _SIMULATED) ** cut
                 mean_context += p * q * float(counts @ (survival[:-1] - survival[1:]))

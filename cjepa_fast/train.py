@@ -87,7 +87,7 @@ def train(command: cli.Command, world: config.World) -> int:
     sampler = MultiBlockSampler(
         c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
         target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-        min_keep=c.mask.min_keep, context_keep=c.mask.context_keep,
+        min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
     )  # fmt: skip
     probe = None
     if source.labels is not None:
@@ -189,6 +189,7 @@ def train(command: cli.Command, world: config.World) -> int:
         if not (done % c.run.log_every == 0 or probe_now or save_now):
             continue
         # a checkpoint ends an interval, so that a resumed run writes the same lines
+        sampler.verify()
         figures, stop = meter.read(out, target, stop=interrupted.is_set)
         values: dict[str, Any] = {
             "step": done, "epoch": done / steps_per_epoch, "lr": schedule.lr[step],
@@ -251,7 +252,9 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies a CPU tensor; to a GPU from pinned memory, the only kind the host need not wait for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type == "cpu" or tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def device_name(device: torch.device) -> str:

@@ -418,7 +418,7 @@ def _fwd_tile(head_dim: int, queries: int, keys: int, half: bool) -> dict[str, A
 def _bwd_tile(head_dim: int, keys: int, half: bool, structured: bool) -> dict[str, Any]:
     """For at most so many keys of each sequence."""
     if not half:
-        size = (32, 16, False, 4 if head_dim <= 64 else 8, 1)
+        size = (32, 16, False, 4 if head_dim <= 64 else 8, 2 if head_dim == 128 else 1)
     elif structured or keys > (128 if head_dim <= 64 else 64):
         size = (64, 32, False, 4 if head_dim <= 64 else 8, 2)
     elif keys <= 32 and head_dim <= 64:

@@ -452,7 +452,7 @@ SUB: int = FINISH_TILE["SUB"]
 PRODUCT_TILES: dict[str, dict[str, Any]] = {
     "large": {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     "small": {"BLOCK": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
-    "fp32": {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+    "fp32": {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
 }
 BWD_TILES: dict[str, dict[str, Any]] = {
     "large": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},

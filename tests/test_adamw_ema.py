@@ -534,10 +534,6 @@ def compiled_apart(code: str) -> str:
     return result.stdout
 
 
-def test_shipped_tiles_compile_without_spills() -> None:
-    assert "update grad bf16, copy bf16" in compiled_apart("-m bench.compile_report --arch 90 --only adamw_ema")
-
-
 def test_aligned_tensors_move_sixteen_bytes_at_a_time() -> None:
     """All nine fp32 accesses of the fast way, without a detour through shared memory, and rounding by division."""
     printed = compiled_apart("""

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_fast import native, native_cuda, reference_masks
+from cjepa_fast import native, native_cuda, ops, reference_masks
+from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.reference_masks import MaskArrays, MaskSpec, Mode
 
 TESTS = Path(__file__).resolve().parent
@@ -208,6 +209,44 @@ def test_replays_with_another_step_and_other_ids(emulators: dict[int, ctypes.CDL
         expected = reference_masks.sample(spec._replace(step=replay), ids.numpy(), inverse=True, union=True)
         assert_equal(masks, expected)
     assert int(status) == 0
+
+
+@pytest.mark.parametrize("mode", [mode.name.lower() for mode in Mode])
+def test_the_sampler_gives_the_same_masks_on_a_gpu(
+    emulators: dict[int, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """`MultiBlockSampler(impl="cuda")` with memory that the emulation can reach in place of a GPU's."""
+    library = emulators[WARPS[0]]
+
+    def sample(spec: MaskSpec, step: torch.Tensor, ids: torch.Tensor, **options: Any) -> native_cuda.DeviceMasks:
+        assert len(ids) <= rooms[-1]
+        wanted = [options[name] for name in ("inverse", "union", "workspace", "status")]
+        return native_cuda.launch(library, spec._replace(step=99), step, ids, *wanted, device=0, stream=0)
+
+    def workspace(images: int, device: str) -> torch.Tensor:
+        rooms.append(images)
+        return new_workspace(library, images)
+
+    rooms: list[int] = []
+    monkeypatch.setattr(native_cuda, "why_unavailable", lambda: None)
+    monkeypatch.setattr(ops, "sample_masks_on_gpu", sample)
+    monkeypatch.setattr(ops, "mask_workspace", workspace)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, **_: tensor)
+    shape: dict[str, Any] = {"num_targets": {"rasterized": 3, "block": 1, "random": 1}.get(mode, 4)}
+    if mode in ("block", "random"):
+        shape["target_scale"] = (0.6, 0.6)
+    on_gpu, on_cpu = (MultiBlockSampler(8, mode, 5, min_keep=3, **shape, impl=impl) for impl in ("cuda", "native"))
+    for step, batch in ((0, 5), (7, 3), (2**32 - 1, 9)):
+        ids = np.arange(batch) * 2**33
+        theirs = on_cpu.sample(step, ids, inverse=True, union=True)
+        for ours, their in zip(on_gpu.sample(step, ids, inverse=True, union=True), theirs, strict=True):
+            assert (ours is None) == (their is None) and (their is None or torch.equal(ours, their))
+    assert rooms == [5, 9]
+    on_gpu.verify()
+    on_gpu._status += 2
+    with pytest.raises(RuntimeError, match="no context"):
+        on_gpu.verify()
 
 
 def test_launches_are_numbered_beyond_31_bits(emulators: dict[int, ctypes.CDLL]) -> None:

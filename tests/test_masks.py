@@ -710,7 +710,7 @@ def test_expected_tokens_and_cost_of_every_mode(mode: str) -> None:
         ({"context_scale": 0.85}, ("context_scale=0.85",)),
         ({"num_targets": 0}, ("num_targets=0",)),
         ({"min_keep": 0}, ("min_keep=0",)),
-        ({"impl": "cuda"}, ("'cuda'", "'numpy'")),
+        ({"impl": "rust"}, ("'cuda'", "'numpy'")),
         ({"grid": 6}, ("min_keep=10", "6x6", "target_scale", "min_keep <= 4")),
         ({"grid": 6, "mode": "faithful", "min_keep": 4}, ("min_keep=4", "2x2", "min_keep <= 3")),
         ({"context_scale": (0.04, 0.05), "mode": "faithful"}, ("context_scale", "min_keep <= 8")),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -272,13 +269,3 @@ def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     if DEVICE == "cuda":
         expected.insert(1, "prediction_loss: triton (the tensors are on cuda)")
     assert caplog.messages == expected
-
-
-def test_shipped_tiles_compile_without_spills() -> None:
-    """Ahead of time, for Hopper; in a process of its own, as this one may interpret kernels."""
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.compile_report", "--arch", "90", "--only", "prediction_loss"],
-        cwd=Path(__file__).parents[1], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "fwd smooth_l1 bf16 i16 D=1408" in result.stdout

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -677,13 +673,3 @@ def test_networks_pass_the_choice_on() -> None:
         encoder(given["images"])
     with pytest.raises(UserError, match="unknown impl 'cuda' for predictor_tokens"):
         predictor(torch.zeros(2, 6, 32, device=DEVICE), given["indices"], given["indices"][:, None])
-
-
-def test_shipped_tiles_compile_without_spills() -> None:
-    """Ahead of time, for Hopper; in a process of its own, as this one may interpret kernels."""
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.compile_report", "--arch", "90", "--only", "token_gather"],
-        cwd=Path(__file__).parents[1], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "patches u8 bf16 i16 p=16 D=768" in result.stdout

@@ -154,6 +154,7 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
         (["--runtime.accumulate", "2"], 1e-5),
         (["--runtime.cpu-threads", "2"], 1e-5),
         (["--runtime.kernels", "eager"], 0),
+        (["--runtime.masks", "numpy"], 0),
         pytest.param(
             ["--runtime.kernels", "triton"],
             1e-5,
@@ -248,6 +249,10 @@ def broken(folder: Path, name: str, content: bytes) -> Path:
         (["--mask.min-keep", "30"], "min_keep"),
         (["--runtime.kernels", "triton"], "runtime.kernels: triton cannot run"),
         (["--runtime.attention", "sdpa_cudnn"], "runtime.attention: sdpa_cudnn cannot run"),
+        pytest.param(
+            ["--runtime.masks", "cuda"], "impl='cuda' (runtime.masks) cannot be had",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to sample on"),
+        ),
         (["--run.wandb", "project"], "cjepa-fast[wandb]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

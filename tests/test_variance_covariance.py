@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -444,14 +443,3 @@ def test_ranks_together_compute_what_one_computes(size: int, tmp_path: Path) -> 
             torch.testing.assert_close(row.double(), torch.stack([std, cov]), rtol=rtol, atol=rtol / 100, msg=where)
         error = (grad.double() - expected).norm() / expected.norm()
         assert error < rtol, f"{where}: gradient differs by {error:.1e}"
-
-
-def test_shipped_tiles_compile_without_spills() -> None:
-    """Ahead of time, for Hopper; in a process of its own, as this one may interpret kernels."""
-    command = [sys.executable, "-m", "bench.compile_report", "--arch", "90", "--only", "variance_covariance"]
-    result = subprocess.run(
-        [*command, "--jobs", "1"], cwd=Path(__file__).parents[1], env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "product covariance bf16 128x128" in result.stdout and "wgmma bf16" in result.stdout

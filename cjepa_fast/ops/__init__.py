@@ -9,7 +9,7 @@ One file per operation; nothing outside this package imports `cjepa_fast.kernels
 from cjepa_fast.ops._adamw_ema import adamw_ema
 from cjepa_fast.ops._attention import attention, require_attention
 from cjepa_fast.ops._choice import choose, require
-from cjepa_fast.ops._masks import mask_sampler, sample_masks
+from cjepa_fast.ops._masks import mask_sampler, mask_workspace, sample_masks, sample_masks_on_gpu
 from cjepa_fast.ops._prediction_loss import prediction_loss
 from cjepa_fast.ops._token_gather import patch_embed, predictor_tokens, sequence_offsets
 from cjepa_fast.ops._variance_covariance import variance_covariance
@@ -19,12 +19,14 @@ __all__ = [
     "attention",
     "choose",
     "mask_sampler",
+    "mask_workspace",
     "patch_embed",
     "prediction_loss",
     "predictor_tokens",
     "require",
     "require_attention",
     "sample_masks",
+    "sample_masks_on_gpu",
     "sequence_offsets",
     "variance_covariance",
 ]

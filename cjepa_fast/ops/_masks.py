@@ -1,12 +1,14 @@
-"""Mask sampling: the C++ library, or its NumPy twin."""
+"""Mask sampling: the C++ library, its CUDA twin, or NumPy."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from cjepa_fast import native, reference_masks
+from cjepa_fast import native, native_cuda, reference_masks
 from cjepa_fast.errors import UserError
 from cjepa_fast.reference_masks import MaskArrays, MaskSpec
 
@@ -14,19 +16,26 @@ _IMAGES_PER_THREAD, _MAX_THREADS = 1024, 8  # below a thousand images a thread c
 
 
 def mask_sampler(impl: str) -> str:
-    """Which of "native" (C++) and "numpy" is to serve `sample_masks`, for impl = "auto", "native" or "numpy".
+    """Which of "native" (C++), "numpy" and "cuda" is to sample, for impl = "auto" or one of them.
 
-    "auto" falls back to NumPy with a warning that says why. Raises UserError for "native" where it cannot be had.
+    "auto" is C++, or NumPy with a warning that says why; the CUDA sampler, which no GPU has run yet, must be asked for.
+    Raises UserError for one that is asked for and cannot be had.
     """
-    if impl not in ("auto", "native", "numpy"):
-        raise UserError(f"impl={impl!r} is not known: use 'auto', 'native' or 'numpy'")
+    if impl not in ("auto", "native", "numpy", "cuda"):
+        raise UserError(f"impl={impl!r} is not known: use 'auto', 'native', 'numpy' or 'cuda'")
     if impl == "numpy":
+        return impl
+    if impl == "cuda":
+        if reason := native_cuda.why_unavailable():
+            raise UserError(f"impl='cuda' (runtime.masks) cannot be had ({reason}): use 'auto'")
         return impl
     reason = native.why_unavailable()
     if reason is None:
         return "native"
     if impl == "native":
-        raise UserError(f"impl='native' cannot be had ({reason}): install a C++ compiler or use impl='numpy'")
+        raise UserError(
+            f"impl='native' (runtime.masks) cannot be had ({reason}): install a C++ compiler or use 'numpy'"
+        )
     warnings.warn(
         f"masks are sampled by NumPy, about 20 times slower than the C++ core: {reason}", RuntimeWarning, stacklevel=4
     )
@@ -45,3 +54,16 @@ def sample_masks(
         return reference_masks.sample(spec, ids, inverse=inverse, union=union)
     threads = max(1, min(len(ids) // _IMAGES_PER_THREAD, _MAX_THREADS))
     return native.sample_masks(spec, ids, threads, inverse=inverse, union=union)
+
+
+def sample_masks_on_gpu(spec: MaskSpec, step: Tensor, ids: Tensor, **options: Any) -> native_cuda.DeviceMasks:
+    """The same masks in one launch, from a step and ids that lie on the GPU: see `cjepa_fast.native_cuda.sample_masks`.
+
+    `mask_sampler("cuda")` must have been asked before.
+    """
+    return native_cuda.sample_masks(spec, step, ids, **options)
+
+
+def mask_workspace(images: int, device: str) -> Tensor:
+    """Memory that calls of `sample_masks_on_gpu` with up to `images` ids may share if none overlap in time."""
+    return native_cuda.new_workspace(images, device)
