@@ -93,8 +93,8 @@ def load(argv: Sequence[str]) -> Command:
             raise UserError(
                 f"--resume {flags.resume}: results would change, so leave out or start a new run: {'; '.join(changed)}"
             )
-    elif config.data.root is None and named and named[0][1] != DEFAULT_PRESET:
-        raise UserError(f"data.root: not set, but preset {named[0][1]!r} needs images; add --data.root FOLDER")
+    elif not config.data.root and named and named[0][1] != DEFAULT_PRESET:
+        raise UserError(f"data.root: not set, but preset {named[0][1]!r} needs images; add --data.root PATH")
     validate(config)
     return Command(config=config, check=flags.check, resume=flags.resume)
 
@@ -112,6 +112,11 @@ def _convert(texts: Any, annotation: Any) -> Any:
             return None
         with contextlib.suppress(ValueError):
             return _convert(texts, arguments[0])
+    elif kind is tuple and arguments[1:] == (...,):
+        if texts is None or isinstance(texts, str):  # YAML: null is none of them, a text the only one
+            texts = [] if texts is None else [texts]
+        with contextlib.suppress(ValueError):
+            return tuple(_convert(text, arguments[0]) for text in texts)
     elif kind is tuple:
         if isinstance(texts, list) and len(texts) == len(arguments):
             with contextlib.suppress(ValueError):
@@ -134,7 +139,7 @@ def _describe(annotation: Any) -> str:
     if kind is types.UnionType:
         return f"{_describe(arguments[0])} or None"
     if kind is tuple:
-        return f"{len(arguments)} numbers"
+        return f"{_describe(arguments[0])} or several" if arguments[1:] == (...,) else f"{len(arguments)} numbers"
     if kind is Literal:
         return f"one of {', '.join(arguments)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
@@ -236,7 +241,7 @@ def _error(path: Path, node: yaml.Node, message: str) -> UserError:
 def _flagannotations() -> dict[str, Any]:
     """The annotation behind every flag, dashes left out: `{"model.encoder": str, ..., "check": bool}`."""
     found = key_types() | {name: get_type_hints(_Flags)[name] for name in _Flags.__annotations__}
-    return {name.replace("_", "-"): annotation for name, annotation in (found | {"config": Path}).items()}
+    return {name.replace("_", "-"): annotation for name, annotation in found.items()}
 
 
 def _parse_flags(argv: Sequence[str], base: Config) -> _Flags:
@@ -252,9 +257,8 @@ def _parse_flags(argv: Sequence[str], base: Config) -> _Flags:
                 _Flags,
                 prog="python -m cjepa_fast.train",
                 description=f"Pretrain a vision transformer with C-JEPA. Presets: {', '.join(PRESETS)}.",
-                args=argv,
+                args=_join_lists(argv),
                 default=_Flags(**{f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}),
-                config=(tyro.conf.UseAppendAction,),
             )
     except SystemExit as stop:
         if not stop.code:  # --help
@@ -262,6 +266,26 @@ def _parse_flags(argv: Sequence[str], base: Config) -> _Flags:
     _check_flag_values(argv)
     # what this module reads as right and tyro as wrong is still told in one line, in tyro's words
     raise UserError(re.sub(r"[\s\u2500-\u257f]+", " ", complaint.getvalue()).strip())
+
+
+def _join_lists(argv: Sequence[str]) -> list[str]:
+    """`--config a --config b` as `--config a b`, for tyro takes the last of a repeated flag."""
+    rest: list[str] = []
+    lists: dict[str, list[str]] = {}
+    into = rest
+    for argument in argv:
+        flag, equals, value = argument[2:].partition("=")
+        flag = flag.replace("_", "-")
+        if argument.startswith("--") and get_args(_flagannotations().get(flag))[1:] == (...,):
+            into = lists.setdefault(flag, [])
+            into += [value] if equals else []
+        else:
+            into = rest if argument.startswith("-") else into
+            into.append(argument)
+    for flag, values in lists.items():
+        if not values:
+            raise UserError(f"--{flag}: expected {_describe(_flagannotations()[flag])}, got nothing")
+    return [*rest, *(argument for flag, values in lists.items() for argument in (f"--{flag}", *values))]
 
 
 def _check_flag_names(argv: Sequence[str]) -> None:

@@ -128,10 +128,16 @@ class OptimConfig:
 class DataConfig:
     """Images and their augmentation."""
 
-    root: Path | None = None
-    """Folder of training images; None, with the demo preset only, writes a demo set to the cache."""
-    probe_root: Path | None = None
+    root: tuple[str, ...] = ()
+    """Training images, each PATH or PATH=WEIGHT, see docs/data.md; without any the demo preset writes its own."""
+    probe_root: str | None = None
     """Labelled images that query the 20-NN probe; None holds out a fixed part of root."""
+    index: Literal["quick", "thorough"] = "quick"
+    """What is read to index images at first use: headers (quick) or every byte (thorough)."""
+    max_pixels: int = 178_956_970
+    """Larger images are left out, as decompression bombs; the default is Pillow's limit."""
+    on_error: Literal["error", "skip"] = "error"
+    """An image that turns bad after indexing: error stops the run, skip shows another in its place, for up to 0.1 %."""
     crop_scale: Range = (0.3, 1.0)
     """Area of the random crop, as a share of the image."""
     crop_ratio: Range = (3 / 4, 4 / 3)
@@ -252,13 +258,13 @@ def to_yaml(config: Config) -> str:
 def differences(old: Config, new: Config) -> list[str]:
     """The keys that decide results and differ, as `"optim.lr: 0.001 -> 0.002"`.
 
-    A folder that moved is no difference: what it holds is compared where it is read.
+    Images that moved are no difference: what a root holds is compared where it is read.
     """
     found = []
     for key in keys():
         a, b = get(old, key), get(new, key)
-        moved = isinstance(a, Path) and isinstance(b, Path)
-        if key.split(".")[0] in RESULTS and a != b and not moved:
+        moved = key in ("data.root", "data.probe_root") and a and b
+        if key.split(".")[0] in RESULTS and a != b and not moved and key != "data.on_error":
             found.append(f"{key}: {a} -> {b}")
     return found
 
@@ -462,6 +468,7 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         "is out of range; use two numbers of 0 <= beta < 1",
     )
     yield _at_least(config, "optim.schedule_scale", 1)
+    yield _at_least(config, "data.max_pixels", 1)
     yield "data.std", all(s > 0 for s in data.std), "is out of range; use three numbers above 0"
     yield "seed", 0 <= config.seed < 2**63, "is out of range; use 0 to 2**63 - 1"
 

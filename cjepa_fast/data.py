@@ -1,197 +1,59 @@
-"""Images from a folder to uint8 batches: header scan, order, crop windows, and decoding by NVIDIA DALI.
+"""Indexed images to uint8 batches: order, crop windows, reading ahead, decoding by NVIDIA DALI, and bad images.
 
 Nothing here keeps random state. The order of an epoch, the crop window and the flip of an image are pure
 functions of (seed, epoch, image id) drawn from Philox, so a run resumes from its step alone and sees the same
-pixels whatever the number of ranks, threads or prefetched batches. DALI reads, decodes, resizes: it draws
-nothing.
+pixels whatever the number of ranks, threads or prefetched batches. DALI decodes and resizes: it draws nothing.
 
 Legend: n images in the source, b images of one rank (the global batch over world_size), H = W = image_size.
 """
 
 from __future__ import annotations
 
-import os
+import logging
+import queue
+import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Generator, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cjepa_fast.errors import UserError
+from cjepa_fast.manifest import Mixture, SampleError
 from cjepa_fast.philox import philox4x32
 
 if TYPE_CHECKING:
     import torch
 
-# What DALI decodes on the CPU and (JPEG) on the GPU, and Pillow identifies: the file endings taken for
-# images, and Pillow's names of the formats a file may turn out to hold. DALI has no GIF decoder.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF")
-
 # The last counter word keeps the streams of one seed apart; the mask sampler's stay below 2**30 there.
 _ORDER, _CROP, _FLIP = (int.from_bytes(tag, "little") for tag in (b"ordr", b"crop", b"flip"))
 
 _CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop
-_SCAN_CHUNK = 512  # files per task: below it the executor's bookkeeping costs more than the headers
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before trying again to read from storage that seems gone
+_PATIENCE = 10  # minutes without an image after which a read is given up
+_STAND_IN = 2**23  # the visit of an image that stands in for a bad one: no weight gives an epoch that many
 
+log = logging.getLogger(__name__)
 
-# --- what a folder holds
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ImageSource:
-    """The images of a folder. `sizes` and `labels` are indexed by image id, the position in `paths`."""
-
-    root: Path
-    paths: list[str]  # relative to root, "/"-separated, in code point order: the same on every machine
-    sizes: np.ndarray  # int32 [n, 2], height and width after the EXIF orientation
-    labels: np.ndarray | None  # int64 [n], an index into `classes`
-    classes: tuple[str, ...]
-    description: str  # one line: what was found and what was ignored
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, image_id: int) -> str:
-        return os.path.join(self.root, self.paths[image_id])
-
-
-def scan(root: str | Path, *, threads: int | None = None) -> ImageSource:
-    """List the images under `root` and read every header (not the pixels) for its size.
-
-    When every image lies in a folder directly under `root`, and there are at least two such folders, their
-    names are the classes. Any other tree is a pile of bare images without labels. Hidden files and folders
-    are ignored, symbolic links followed.
-
-    Raises:
-        UserError: `root` is missing, not a folder, unreadable or without images; or a file named like an
-            image is empty, not an image DALI decodes, or over 178,956,970 pixels (a decompression bomb).
-    """
-    root = Path(root)
-    try:
-        paths, ignored = _walk(root)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such folder; give the folder that holds the images") from None
-    except NotADirectoryError:
-        raise UserError(f"{root}: is a file; give the folder that holds the images") from None
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}); grant read access") from None
-    if not paths:
-        others = _count(ignored, "other file")
-        raise UserError(f"{root}: holds no images but {others}; give a folder with {' '.join(SUFFIXES)} files")
-    sizes = _sizes(root, paths, threads or min(16, os.cpu_count() or 1))
-
-    parents = [path.rpartition("/")[0] for path in paths]
-    classes = tuple(sorted(set(parents)))
-    labelled = len(classes) > 1 and all(name and "/" not in name for name in classes)
-    index = {name: i for i, name in enumerate(classes)}
-    found = f"{len(classes):,} class folders" if labelled else f"{_count(len(classes), 'folder')}, no labels"
-    ignoring = f"; {_count(ignored, 'other file')} ignored" if ignored else ""
-    return ImageSource(
-        root=root,
-        paths=paths,
-        sizes=sizes,
-        labels=np.array([index[name] for name in parents], dtype=np.int64) if labelled else None,
-        classes=classes if labelled else (),
-        description=f"{_count(len(paths), 'image')} in {found}{ignoring}",
-    )
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
-
-
-def _walk(root: Path) -> tuple[list[str], int]:
-    """Relative paths of the image-named files under `root`, sorted, and the number of other files."""
-    paths: list[str] = []
-    ignored = 0
-    folders = [""]
-    seen: set[tuple[int, int]] = set()  # else a link to a parent folder would repeat its images without end
-    while folders:
-        folder = folders.pop()
-        status = os.stat(root / folder)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                hidden = entry.name.startswith(".")
-                if entry.is_dir():
-                    if not hidden:
-                        folders.append(f"{folder}{entry.name}/")
-                elif entry.name.lower().endswith(SUFFIXES) and not hidden:
-                    paths.append(folder + entry.name)
-                else:
-                    ignored += 1
-    return sorted(paths), ignored
-
-
-def _sizes(root: Path, paths: list[str], threads: int) -> np.ndarray:
-    from PIL import Image
-
-    def read(chunk: list[str]) -> list[tuple[int, int] | str]:
-        return [_header(os.path.join(root, path)) for path in chunk]
-
-    Image.init()  # registers the plugins once, before threads would race for it
-    chunks = [paths[i : i + _SCAN_CHUNK] for i in range(0, len(paths), _SCAN_CHUNK)]
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        # Images of 89 to 179 megapixels are welcome; beyond that Pillow raises instead of warning.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        headers = [header for chunk in pool.map(read, chunks) for header in chunk]
-    bad = [(path, header) for path, header in zip(paths, headers, strict=True) if isinstance(header, str)]
-    if bad:
-        path, reason = bad[0]
-        raise UserError(
-            f"{os.path.join(root, path)}: {reason}; {len(bad):,} of {len(paths):,} image files are bad, "
-            "remove or replace them"
-        )
-    return np.array(headers, dtype=np.int32)
-
-
-def _header(path: str) -> tuple[int, int] | str:
-    """(height, width) as DALI will see it, or why the file cannot be used."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            width, height = image.size
-            # Image.getexif would decode a whole PNG to find a late chunk. A TIFF's size is already oriented.
-            exif = image.info.get("exif")
-    except Image.DecompressionBombError:
-        return "larger than 178,956,970 pixels, a decompression bomb"
-    except Exception as error:  # a damaged header raises almost anything out of Pillow's parsers
-        if isinstance(error, OSError) and error.errno is not None:
-            return f"cannot be read ({error.strerror})"
-        empty = os.path.getsize(path) == 0
-        return "empty (0 bytes)" if empty else "its header is not of a JPEG, PNG, WebP, BMP, PNM or TIFF"
-    return (width, height) if exif and _orientation(exif) in (5, 6, 7, 8) else (height, width)
-
-
-def _orientation(exif: bytes) -> int:
-    from PIL import ExifTags, Image
-
-    tags = Image.Exif()
-    try:
-        tags.load(exif)
-        return tags.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata does not spoil the picture; decoders ignore it too
-        return 1
+_Part = Future[tuple[list["np.ndarray"], int]]  # encoded images of a part of a batch, and how many could not be read
 
 
 # --- what to show when: pure functions of (seed, epoch, id)
 
 
-def _draw(index: np.ndarray, attempt: int, *, seed: int, epoch: int, stream: int) -> np.ndarray:
+def _draw(
+    index: np.ndarray, attempt: int, *, seed: int, epoch: int, stream: int, repeats: np.ndarray | int = 0
+) -> np.ndarray:
     """Four uint32 words per index, [len(index), 4]."""
     counter = np.empty((len(index), 4), dtype=np.uint32)
     counter[:, 0] = index
-    counter[:, 1:] = attempt, epoch, stream
+    counter[:, 1] = attempt + 256 * np.asarray(repeats)
+    counter[:, 2:] = epoch, stream
     return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
 
 
@@ -214,18 +76,44 @@ def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def batch_ids(n: int, *, seed: int, step: int, batch_size: int) -> tuple[int, np.ndarray]:
-    """The epoch of global step `step` and the image ids of its global batch, int64 [batch_size].
+@lru_cache(maxsize=2)
+def _epoch_visits(source: Mixture, *, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shuffled: the ids that an epoch visits, and which visit of the id each is."""
+    ids, repeats = source.epoch(seed=seed, epoch=epoch)
+    order = epoch_order(len(ids), seed=seed, epoch=epoch)
+    return ids[order], repeats[order]
 
-    An epoch has n // batch_size steps. The n % batch_size images left over are other ones each epoch.
+
+def batch_ids(
+    source: Mixture, *, seed: int, step: int, batch_size: int, skipped: Collection[int] = ()
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """The epoch of global step `step`, the image ids of its global batch, and which visit of the epoch each one is.
+
+    An epoch has source.visits // batch_size steps. The source.visits % batch_size images left over are other ones
+    each epoch. In the place of a skipped image stands the one half an epoch further on (the first from there that is
+    not skipped, around the end): it is hardly ever in the same batch, and its crop is drawn anew.
+
+    Returns:
+        epoch; ids, int64 [batch_size]; repeats, int64 [batch_size], 0 for the first visit.
 
     Raises:
-        UserError: a batch is larger than the data set.
+        UserError: a batch is larger than an epoch, or every image is skipped.
     """
+    n = source.visits
     if batch_size > n:
-        raise UserError(f"batch_size={batch_size} is larger than the {n} images found; lower it to at most {n}")
+        raise UserError(f"batch_size={batch_size} is larger than the {n} images of an epoch; lower it to at most {n}")
     epoch, at = divmod(step, n // batch_size)
-    return epoch, epoch_order(n, seed=seed, epoch=epoch)[at * batch_size : (at + 1) * batch_size]
+    ids, repeats = _epoch_visits(source, seed=seed, epoch=epoch)
+    start = at * batch_size
+    chosen, visits = ids[start : start + batch_size].copy(), repeats[start : start + batch_size].copy()
+    bad = np.fromiter(skipped, dtype=np.int64, count=len(skipped))
+    for i in np.flatnonzero(np.isin(chosen, bad)):
+        around = np.roll(ids, -(start + i + n // 2))
+        good = np.flatnonzero(~np.isin(around, bad))
+        if not len(good):
+            raise UserError("none of the images is left that is not bad; restore them")
+        chosen[i], visits[i] = around[good[0]], _STAND_IN
+    return epoch, chosen, visits
 
 
 def crop_windows(
@@ -236,6 +124,7 @@ def crop_windows(
     epoch: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
+    repeats: np.ndarray | int = 0,
 ) -> np.ndarray:
     """Random resized crops: int32 windows [b, 4] of (top, left, height, width) in pixels, inside the image.
 
@@ -244,17 +133,20 @@ def crop_windows(
     after ten windows that do not fit, the largest central one within `ratio`.
 
     Args:
-        ids: int64 [b]; the only thing, with seed and epoch, that the draws depend on.
+        ids: int64 [b]; the only thing, with seed, epoch and repeats, that the draws depend on.
         sizes: int32 [b, 2], height and width of these images.
+        repeats: int64 [b], which visit of the image in this epoch it is, 0 for the first.
     """
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     low, high = ratio
+    repeats = np.broadcast_to(repeats, ids.shape)
     h = np.where(width < height * low, np.rint(width / low), height)
     w = np.where(width > height * high, np.rint(height * high), width)
     windows = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
     open_ = np.arange(len(ids))
     for attempt in range(_CROP_ATTEMPTS):
-        u = _uniform(_draw(ids[open_], attempt, seed=seed, epoch=epoch, stream=_CROP))
+        words = _draw(ids[open_], attempt, seed=seed, epoch=epoch, stream=_CROP, repeats=repeats[open_])
+        u = _uniform(words)
         area = height[open_] * width[open_] * (scale[0] + u[:, 0] * (scale[1] - scale[0]))
         aspect = np.exp(np.log(low) + u[:, 1] * (np.log(high) - np.log(low)))
         w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
@@ -267,12 +159,12 @@ def crop_windows(
     return windows.astype(np.int32)
 
 
-def flip_flags(ids: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+def flip_flags(ids: np.ndarray, *, seed: int, epoch: int, repeats: np.ndarray | int = 0) -> np.ndarray:
     """Whether each image is mirrored left to right, bool [len(ids)], with probability 1/2."""
-    return _draw(ids, 0, seed=seed, epoch=epoch, stream=_FLIP)[:, 0] >= 2**31
+    return _draw(ids, 0, seed=seed, epoch=epoch, stream=_FLIP, repeats=repeats)[:, 0] >= 2**31
 
 
-# --- decoding
+# --- batches
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -294,20 +186,23 @@ class Batches:
     hands over a reference-counted buffer through DLPack, so nothing is copied and nothing overwritten later.
 
     Args:
-        batch_size: global; a multiple of `world_size` and at most len(source).
+        batch_size: global; a multiple of `world_size` and at most source.visits.
         device: "cpu", or "cuda:i" to decode (JPEG) and resize there.
-        threads: CPU threads that read and decode.
+        threads: CPU threads that decode; as many read.
         prefetch: batches in flight; with 1 nothing is decoded while the caller computes.
         hw_decoder_load: share of the JPEGs given to the GPU's hardware decoder, where it has one.
+        on_error: what to do about an image that cannot be decoded or is not as it was indexed. "error" raises; "skip"
+            starts the pipeline anew at the same step with another image in its place, see `batch_ids`.
+        skipped: ids known to be bad.
 
     Raises:
-        UserError: on construction for a batch size that does not fit; from `next` for an image that cannot be
-            decoded (its header was fine, so it is truncated or changed since the scan), naming the file.
+        UserError: on construction for a batch size that does not fit; from `next` for a bad image, naming it, for more
+            than 0.1 % of them (and more than one), or if nothing can be read at all any more.
     """
 
     def __init__(
         self,
-        source: ImageSource,
+        source: Mixture,
         *,
         batch_size: int,
         rank: int = 0,
@@ -323,14 +218,17 @@ class Batches:
         threads: int = 1,
         prefetch: int = 2,
         hw_decoder_load: float = 0.65,
+        on_error: Literal["error", "skip"] = "error",
+        skipped: Collection[int] = (),
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         if batch_size % world_size:
             raise UserError(f"batch_size={batch_size} is not a multiple of {world_size} ranks; make it one")
         # A batch larger than the data set fails now, not at the first step.
-        batch_ids(len(source), seed=seed, step=first_step, batch_size=batch_size)
+        batch_ids(source, seed=seed, step=first_step, batch_size=batch_size)
         fn, types = _dali()
         decoder = _decoder_options(device, hw_decoder_load)
+        self._source, self._on_error, self.skipped = source, on_error, frozenset(skipped)
 
         def graph(files: Any, anchor: Any, shape: Any, flip: Any = None) -> Any:
             images = fn.decoders.image_slice(files, anchor, shape, axis_names="HW", **decoder)
@@ -339,31 +237,27 @@ class Batches:
             return images if flip is None else fn.flip(images, horizontal=flip)
 
         per_rank = batch_size // world_size
+        mine = slice(rank * per_rank, (rank + 1) * per_rank)
 
-        def plan() -> Iterator[_Request]:
-            step = first_step
+        def plan(step: int) -> Iterator[_Request]:
             while last_step is None or step < last_step:
-                epoch, ids = batch_ids(len(source), seed=seed, step=step, batch_size=batch_size)
-                ids = ids[rank * per_rank : (rank + 1) * per_rank]
-                windows = crop_windows(
-                    ids, source.sizes[ids], seed=seed, epoch=epoch, scale=crop_scale, ratio=crop_ratio
+                epoch, ids, repeats = batch_ids(
+                    source, seed=seed, step=step, batch_size=batch_size, skipped=self.skipped
                 )
+                ids, repeats = ids[mine], repeats[mine]
+                draw = {"seed": seed, "epoch": epoch, "repeats": repeats}
+                windows = crop_windows(ids, source.sizes[ids], scale=crop_scale, ratio=crop_ratio, **draw)
                 inputs = [windows[:, :2], windows[:, 2:]]
                 if hflip:
-                    inputs.append(flip_flags(ids, seed=seed, epoch=epoch).astype(np.int32))
-                yield _Request(ids=ids, inputs=inputs, step=step, epoch=epoch)
+                    inputs.append(flip_flags(ids, **draw).astype(np.int32))
+                yield _Request(ids=ids, inputs=list(map(np.ascontiguousarray, inputs)), step=step, epoch=epoch)
                 step += 1
 
-        self._decoded = _decode(
-            source,
-            plan(),
-            graph,
-            inputs=3 if hflip else 2,
-            batch_size=per_rank,
-            device=device,
-            threads=threads,
+        options = _Options(
+            graph=graph, inputs=3 if hflip else 2, batch_size=per_rank, device=device, threads=threads,
             prefetch=prefetch,
-        )
+        )  # fmt: skip
+        self._decoded = _decode(source, plan, options, first=first_step, settle=self._settle)
 
     def __iter__(self) -> Batches:
         return self
@@ -381,13 +275,35 @@ class Batches:
             wait_ms=(time.perf_counter() - start) * 1e3,
         )
 
+    def skip(self, ids: Collection[int]) -> None:
+        """Leave images out from the next batch on that is not planned yet; one that is bad never shows anyway."""
+        self.skipped |= frozenset(ids)
+
+    def _settle(self, faults: dict[int, str]) -> None:
+        """Bad images by id and why: raise, or have others shown in their place."""
+        first = next(iter(faults.values()))
+        if self._on_error == "error":
+            raise UserError(f"{first} (data.on_error skip would show another in its place)")
+        self.skip(faults)
+        for fault in faults.values():
+            log.warning("skipped for the rest of the run: %s", fault)
+        if len(self.skipped) > skip_limit(len(self._source)):
+            raise UserError(
+                f"{len(self.skipped)} of {len(self._source):,} images are bad, over 0.1 %; the last: {first}"
+            )
+
     def close(self) -> None:
-        """Stop decoding and free DALI's buffers; batches already handed out stay valid."""
+        """Stop reading and decoding, and free DALI's buffers; batches already handed out stay valid."""
         self._decoded.close()
 
 
+def skip_limit(n: int) -> int:
+    """How many of n images may be skipped: 0.1 %, but at least one."""
+    return max(1, n // 1000)
+
+
 def center_batches(
-    source: ImageSource,
+    source: Mixture,
     ids: np.ndarray,
     *,
     image_size: int,
@@ -399,6 +315,9 @@ def center_batches(
 
     Resizes the shorter side to image_size * 256 / 224, or to image_size when the image is no larger than that
     (a CIFAR image at 32 pixels is left as it is), and cuts the central square. Sizes round as in torchvision.
+
+    Raises:
+        UserError: an image is bad, or nothing can be read.
     """
     fn, types = _dali()
     decoder = _decoder_options(device, 0.65)
@@ -407,29 +326,55 @@ def center_batches(
         images = fn.resize(fn.decoders.image(files, **decoder), size=size, interp_type=types.INTERP_TRIANGULAR)
         return fn.slice(images, corner, [image_size, image_size], axis_names="HW")
 
-    def plan() -> Iterator[_Request]:
-        for start in range(0, len(ids), batch_size):
+    def plan(step: int) -> Iterator[_Request]:
+        for start in range(step * batch_size, len(ids), batch_size):
             chunk = np.asarray(ids[start : start + batch_size], dtype=np.int64)
             size = source.sizes[chunk].astype(np.int64)
             short = size.min(axis=1, keepdims=True)
             size = size * np.where(short <= image_size, image_size, image_size * 256 // 224) // short
             corner = np.rint((size - image_size) / 2).astype(np.int32)
-            yield _Request(ids=chunk, inputs=[size.astype(np.float32), corner])
+            yield _Request(ids=chunk, inputs=[size.astype(np.float32), corner], step=start // batch_size)
 
-    decoded = _decode(
-        source, plan(), graph, inputs=2, batch_size=batch_size, device=device, threads=threads, prefetch=2
-    )
-    return (images for _, images in decoded)
+    def settle(faults: dict[int, str]) -> None:
+        raise UserError(next(iter(faults.values())))
+
+    options = _Options(graph=graph, inputs=2, batch_size=batch_size, device=device, threads=threads, prefetch=2)
+    return (images for _, images in _decode(source, plan, options, first=0, settle=settle))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+# --- decoding
+
+
+@dataclass(kw_only=True, eq=False)
 class _Request:
-    """One batch to decode: the images, and the graph's inputs for them besides the file names."""
+    """One batch to decode: the images, and the graph's inputs for them besides the encoded bytes."""
 
     ids: np.ndarray
     inputs: list[np.ndarray]
-    step: int = 0
+    step: int
     epoch: int = 0
+    encoded: list[np.ndarray] = field(default_factory=list)  # uint8 [bytes] each
+    unread: int = 0  # images whose bytes could not be had
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """How a pipeline is built; `graph(files, *inputs)` makes the images of encoded bytes."""
+
+    graph: Callable[..., Any]
+    inputs: int
+    batch_size: int
+    device: str
+    threads: int
+    prefetch: int
+
+
+class _Failed(Exception):
+    """A batch could not be decoded; `requests` are it and those behind it in the pipeline."""
+
+    def __init__(self, requests: list[_Request], error: Exception | None) -> None:
+        super().__init__()
+        self.requests, self.error = requests, error
 
 
 def _dali() -> tuple[Any, Any]:
@@ -447,86 +392,212 @@ def _decoder_options(device: str, hw_decoder_load: float) -> dict[str, Any]:
 
 
 def _decode(
-    source: ImageSource,
-    plan: Iterator[_Request],
-    graph: Callable[..., Any],
+    source: Mixture,
+    plan: Callable[[int], Iterator[_Request]],
+    options: _Options,
     *,
-    inputs: int,
-    batch_size: int,
-    device: str,
-    threads: int,
-    prefetch: int,
+    first: int,
+    settle: Callable[[dict[int, str]], None],
 ) -> Generator[tuple[_Request, torch.Tensor], None, None]:
-    """Run `graph(files, *inputs)` over the requests; closing the generator frees the pipeline."""
+    """Decode the requests of plan(first); closing the generator ends its threads and frees the pipeline.
+
+    A pipeline is lost after an error: `settle` is told of the bad images, and may raise; else another pipeline starts
+    where this one failed.
+    """
+    failures = 0
+    while True:
+        stream = _stream(source, plan(first), options)
+        try:
+            for request, images in stream:
+                yield request, images
+                first, failures = request.step + 1, 0
+            return
+        except _Failed as failed:
+            failures += 1
+            _diagnose(source, failed, options, failures, settle)
+        finally:
+            stream.close()
+
+
+def _stream(
+    source: Mixture, requests: Iterator[_Request], options: _Options
+) -> Generator[tuple[_Request, torch.Tensor], None, None]:
+    """Decode requests in one pipeline. Raises _Failed."""
     import torch
     from nvidia.dali.pipeline import Pipeline
 
     fn, _ = _dali()
-    gpu = None if device == "cpu" else torch.device(device)
+    gpu = None if options.device == "cpu" else torch.device(options.device)
     in_flight: deque[_Request] = deque()
+    used: deque[tuple[_Request, torch.cuda.Event]] = deque()
+    feed = _Feed(source, requests, threads=options.threads, depth=options.prefetch)
 
-    def feed() -> list[Any]:
-        request = next(plan)  # its StopIteration tells DALI that the data ends here
+    def supply() -> list[Any]:
+        request = feed.get()
+        if request is None:
+            raise StopIteration  # tells DALI that the data ends here
         in_flight.append(request)
-        return [[_file_name(source.path(i)) for i in request.ids], *map(np.ascontiguousarray, request.inputs)]
+        return [request.encoded, *request.inputs]
 
-    pipeline = Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=None if gpu is None else gpu.index or 0,
-        prefetch_queue_depth=prefetch,
-    )
-    with pipeline:
-        names, *rest = fn.external_source(source=feed, num_outputs=1 + inputs)
-        # Mapping a small file costs more than reading it, and a mapped file that someone cuts short kills us.
-        pipeline.set_outputs(graph(fn.io.file.read(names, dont_use_mmap=True), *rest))
-    while True:
+    try:
+        pipeline = Pipeline(
+            batch_size=options.batch_size,
+            num_threads=options.threads,
+            device_id=None if gpu is None else gpu.index or 0,
+            prefetch_queue_depth=options.prefetch,
+        )
+        with pipeline:
+            # Copying the encoded images would take milliseconds of the caller's time.
+            files, *rest = fn.external_source(source=supply, num_outputs=1 + options.inputs, no_copy=True)
+            pipeline.set_outputs(options.graph(files, *rest))
+        while True:
+            try:
+                (images,) = pipeline.run(None if gpu is None else torch.cuda.current_stream(gpu))
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                raise _Failed(list(in_flight), error) from None
+            request = in_flight.popleft()
+            if request.unread:
+                raise _Failed([request, *in_flight], None)
+            if gpu is not None:  # the GPU may still be reading the encoded images
+                used.append((request, torch.cuda.current_stream(gpu).record_event()))
+                while used[0][1].query() and len(used) > 1:
+                    used.popleft()
+            yield request, torch.from_dlpack(images.as_tensor())
+    finally:
+        feed.close()
+
+
+class _Feed:
+    """Plans batches and reads their images ahead, in threads that are left behind in a read that never ends."""
+
+    def __init__(self, source: Mixture, requests: Iterator[_Request], *, threads: int, depth: int) -> None:
+        self._source, self._requests, self._stopped = source, requests, False
+        self._ready: queue.Queue[tuple[_Request, list[_Part]] | Exception | None] = queue.Queue(depth)
+        self._tasks: queue.SimpleQueue[tuple[_Part, list[int]] | None] = queue.SimpleQueue()
+        self._parts = 2 * threads  # of a batch; more than threads, as some are slower to read
+        self._planner = threading.Thread(target=self._plan, daemon=True, name="plan batches")
+        self._readers = [threading.Thread(target=self._read, daemon=True, name="read images") for _ in range(threads)]
+        for thread in (self._planner, *self._readers):
+            thread.start()
+
+    def get(self) -> _Request | None:
+        """The next request with its encoded images, None behind the last.
+
+        Raises:
+            UserError: nothing came for ten minutes.
+        """
+        item = self._wait(self._ready.get)
+        if isinstance(item, Exception):
+            raise item
+        if item is None:
+            return None
+        request, parts = item
+        for part, ids in zip(parts, np.array_split(request.ids, len(parts)), strict=True):
+            data, unread = self._wait(part.result, ids)
+            request.encoded += data
+            request.unread += unread
+        return request
+
+    def _wait(self, get: Callable[..., Any], ids: np.ndarray | None = None) -> Any:
+        where = ""
+        for minute in range(_PATIENCE):
+            try:
+                return get(timeout=60)
+            except (queue.Empty, FutureTimeoutError):
+                where = "" if ids is None else f" {self._source.name(int(ids[0]))}"
+                log.warning("no image for %d s, reading%s: is the storage slow or gone?", 60 * (minute + 1), where)
+        raise UserError(
+            f"no image for {60 * _PATIENCE} s, reading{where}: the storage is gone; --resume when it is back"
+        )
+
+    def close(self) -> None:
+        self._stopped = True
+        for _ in self._readers:
+            self._tasks.put(None)
+        while self._planner.is_alive():  # perhaps waiting for room
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._planner.join(0.001)
+        for thread in self._readers:
+            thread.join(1.0)
+
+    def _plan(self) -> None:
         try:
-            (images,) = pipeline.run(None if gpu is None else torch.cuda.current_stream(gpu))
-        except StopIteration:
+            for request in self._requests:
+                parts: list[_Part] = []
+                for ids in np.array_split(request.ids, min(len(request.ids), self._parts)):
+                    parts.append(Future())
+                    self._tasks.put((parts[-1], ids.tolist()))
+                self._ready.put((request, parts))
+                if self._stopped:
+                    return
+            self._ready.put(None)
+        except Exception as error:  # for whoever waits in `get`
+            self._ready.put(error)
+
+    def _read(self) -> None:
+        while (task := self._tasks.get()) is not None and not self._stopped:
+            part, ids = task
+            encoded, unread = [], 0
+            for i in ids:
+                try:
+                    encoded.append(np.frombuffer(self._source.read(i), dtype=np.uint8))
+                except SampleError:
+                    unread += 1
+                    encoded.append(np.zeros(1, dtype=np.uint8))  # is no image: it fails in its turn, not before
+            part.set_result((encoded, unread))
+
+
+# --- what is wrong
+
+
+def _diagnose(
+    source: Mixture, failed: _Failed, options: _Options, failures: int, settle: Callable[[dict[int, str]], None]
+) -> None:
+    """Find the bad images of a batch that failed for the `failures`th time, and settle them.
+
+    Returns if it is worth trying again. What no image explains is tried thrice, storage that is gone is waited for.
+    """
+    for request in failed.requests:
+        faults = _faults(source, request, options)
+        gone = [i for i, (_, unread) in faults.items() if unread]
+        if len(gone) == len(set(request.ids.tolist())) > 1:
+            what = f"{faults[gone[0]][0]}, nor can any image of its batch"
+            if failures > len(_PAUSES):
+                raise UserError(f"{what}: is the storage gone? Go on with --resume when it is back")
+            log.warning("%s: is the storage gone? trying again in %g s", what, _PAUSES[failures - 1])
+            time.sleep(_PAUSES[failures - 1])
             return
-        except RuntimeError as error:
-            _blame(source, [i for request in in_flight for i in request.ids], error)
-        yield in_flight.popleft(), torch.from_dlpack(images.as_tensor())
+        if faults:
+            settle({i: fault for i, (fault, _) in faults.items()})
+            return
+    if failures > len(_PAUSES):
+        raise failed.error or UserError("images could not be read, and can be now; go on with --resume")
+    log.warning("a batch failed although each of its images is sound; trying again (%s)", failed.error)
 
 
-def _blame(source: ImageSource, ids: Sequence[int], error: RuntimeError) -> NoReturn:
-    """Raise a UserError for the first image that cannot be decoded; DALI does not reliably name it."""
-    for image_id in ids:
-        path = source.path(image_id)
-        if fault := _fault(path, tuple(source.sizes[image_id].tolist())):
-            raise UserError(f"{path}: {fault}; remove or replace it and start again") from error
-    raise error
-
-
-def _fault(path: str, scanned: tuple[int, int]) -> str | None:
-    """Why an image cannot be decoded in full, None if it can. `scanned` is its (height, width) then."""
-    from PIL import Image
-
-    header = _header(path)
-    if isinstance(header, str):
-        return header
-    if header != scanned:
-        return "was {} x {} pixels (height x width) at the scan and is {} x {} now".format(*scanned, *header)
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as damage:  # a damaged body, like a damaged header, raises almost anything
-        return f"cannot be decoded ({damage})"
-
-    from nvidia.dali.pipeline import Pipeline
-
-    fn, _ = _dali()
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    with pipeline:
-        pipeline.set_outputs(fn.decoders.image(fn.io.file.read(_file_name(path), dont_use_mmap=True)))
-    try:
-        pipeline.run()
-    except RuntimeError:
-        return "a variant of its format that Pillow decodes and DALI does not"
-    return None
-
-
-def _file_name(path: str) -> np.ndarray:
-    """A path as `fn.io.file.read` takes it: uint8 [bytes]."""
-    return np.frombuffer(os.fsencode(path), dtype=np.uint8)
+def _faults(source: Mixture, request: _Request, options: _Options) -> dict[int, tuple[str, bool]]:
+    """The bad images of a request by id: why, and whether their bytes could not even be read."""
+    found: dict[int, tuple[str, bool]] = {}
+    for i in request.ids.tolist():
+        try:
+            source.read(i)
+        except SampleError as error:
+            found[i] = str(error), True
+        else:
+            if fault := source.fault(i):
+                found[i] = fault, False
+    if found:
+        return found
+    alone = replace(options, batch_size=1, prefetch=1, threads=1)
+    for k, i in enumerate(request.ids.tolist()):
+        one = slice(k, k + 1)
+        single = _Request(ids=request.ids[one], inputs=[x[one] for x in request.inputs], step=0)
+        try:
+            list(_stream(source, iter([single]), alone))
+        except _Failed:
+            found[i] = f"{source.name(i)}: DALI cannot decode it", False
+    return found

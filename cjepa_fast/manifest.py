@@ -261,6 +261,25 @@ class Mixture:
     def __len__(self) -> int:
         return self.starts[-1]
 
+    @property
+    def visits(self) -> int:
+        """How many images an epoch visits; len(self) with all weights 1."""
+        return sum(round(weight * len(m)) for m, weight in zip(self.manifests, self.weights, strict=True))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the names and sizes of all images in their order, and of the weights; not of where they lie."""
+        crc = zlib.crc32(repr(self.weights).encode())
+        for manifest in self.manifests:
+            columns = (
+                manifest.names.blob,
+                manifest.names.ends,
+                *(manifest.entries[c] for c in ("bytes", "height", "width")),
+            )
+            for column in columns:
+                crc = zlib.crc32(np.ascontiguousarray(column), crc)
+        return f"{crc:08x}"
+
     def _locate(self, i: int) -> tuple[Manifest, int]:
         source = bisect.bisect_right(self.starts, i) - 1
         return self.manifests[source], i - self.starts[source]

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cjepa_fast.data import ImageSource, center_batches, epoch_order
+from cjepa_fast.data import center_batches, epoch_order
 from cjepa_fast.distributed import gather_rows, world_size
 from cjepa_fast.errors import UserError
 from cjepa_fast.health import knn_accuracy
+from cjepa_fast.manifest import Mixture
 
 NEIGHBOURS = 20
 _SPLIT_SEED = 20  # of the choice of bank and queries: fixed, so that every run on a data set has the same probe
@@ -28,13 +29,15 @@ class Probe:
     """
 
     def __init__(
-        self, source: ImageSource, queries: ImageSource | None, *, bank_size: int, query_size: int, image_size: int,
+        self, source: Mixture, queries: Mixture | None, *, bank_size: int, query_size: int, image_size: int,
         batch_size: int, device: torch.device, threads: int, rank: int,
     ) -> None:  # fmt: skip
         if source.labels is None:
-            raise UserError(f"{source.root}: the 20-NN probe needs class folders, found {source.description}")
+            raise UserError(f"data.root: the 20-NN probe needs labels, found {source.description}")
         if queries is not None and queries.classes != source.classes:
-            raise UserError(f"data.probe_root: {queries.root} and {source.root} differ in classes; use its test split")
+            raise UserError(
+                "data.probe_root: its classes are not those of data.root; use the test split of the same data"
+            )
         order = epoch_order(len(source), seed=_SPLIT_SEED, epoch=0)
         if queries is None:
             query_size = min(query_size, len(source) // 4)
@@ -60,7 +63,7 @@ class Probe:
         return knn_accuracy(bank, bank_labels, queries, query_labels, k=NEIGHBOURS)
 
     @torch.no_grad()
-    def _embed(self, encoder: nn.Module, source: ImageSource, ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _embed(self, encoder: nn.Module, source: Mixture, ids: np.ndarray) -> tuple[Tensor, Tensor]:
         # every rank gets equally many images, the first ones again where they do not divide, so that all ranks call a
         # sharded encoder equally often
         share = -(-len(ids) // world_size())

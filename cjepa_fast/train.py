@@ -1,4 +1,4 @@
-"""The main job, read from top to bottom:  torchrun -m cjepa_fast.train [--preset NAME] [--data.root DIR] ...
+"""The main job, read from top to bottom:  torchrun -m cjepa_fast.train [--preset NAME] [--data.root PATH ...] ...
 
 Without arguments it trains the demo. `--check` validates everything, prints what the run would cost and leaves;
 `--help` lists every setting. Bad input ends with one line and exit code 2.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cjepa_fast import checkpoint, cli, config, cost, data, distributed, ops, optim, vit
+from cjepa_fast import checkpoint, cli, config, cost, data, distributed, index, ops, optim, vit
 from cjepa_fast.cache import cached_folder
 from cjepa_fast.demo_data import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.errors import UserError
@@ -39,8 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         world = config.read_world(os.environ)
-        if world.rank > 0:
-            logging.disable(logging.INFO)
         return train(cli.load(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
         if "world" not in locals() or world.rank == 0 or dist.is_initialized():  # one line, not one per process
@@ -71,12 +69,16 @@ def train(command: cli.Command, world: config.World) -> int:
     elif c.run.dir is not None:
         refuse_existing(c.run.dir)
     root, probe_root = c.data.root, c.data.probe_root
-    if root is None:
+    if not root:
         demo = cached_folder(f"demo-{DEMO_VERSION}", write_demo_dataset)
-        root, probe_root = demo / "train", demo / "test"
-    source = data.scan(root)
-    queries = None if probe_root is None else data.scan(probe_root)
-    length = config.count_steps(c, len(source))
+        root, probe_root = (str(demo / "train"),), str(demo / "test")
+    source = index.open_sources(root, mode=c.data.index, max_pixels=c.data.max_pixels)
+    queries = None
+    if probe_root is not None:
+        queries = index.open_sources([probe_root], mode=c.data.index, max_pixels=c.data.max_pixels)
+    if world.rank > 0:
+        logging.disable(logging.INFO)  # not before: whichever process indexes tells of it
+    length = config.count_steps(c, source.visits)
     steps, steps_per_epoch = length.total, length.per_epoch
     schedule = optim.schedules(
         steps, length.warmup, lr=c.optim.lr, start_lr=c.optim.start_lr,
@@ -97,13 +99,13 @@ def train(command: cli.Command, world: config.World) -> int:
             threads=c.runtime.data_threads,
         )  # fmt: skip
     elif queries is not None:
-        raise UserError(f"data.probe_root: given, but data.root has no class folders to answer ({source.description})")
+        raise UserError(f"data.probe_root: given, but data.root has no labels to answer ({source.description})")
     if command.check:
         if world.rank > 0:
             return 0
         context_tokens, target_tokens = sampler.expected_tokens(c.optim.batch_size // world.size)
-        print(config.to_yaml(c) + f"\ndata  {root}: {source.description}")
-        print(cost.report(c, len(source), world.size, context_tokens, target_tokens))
+        print(config.to_yaml(c) + f"\ndata  {' '.join(root)}: {source.description}")
+        print(cost.report(c, source.visits, world.size, context_tokens, target_tokens))
         return 0
 
     # The networks. Every process draws the same initial weights; sharding then keeps its part.
@@ -135,10 +137,13 @@ def train(command: cli.Command, world: config.World) -> int:
     # The run directory, and the state to continue from.
     directory = run_directory(c, resume, device)
     if world.rank == 0:
-        print(f"data: {root}: {source.description}; {steps_per_epoch} steps an epoch, {steps} steps in all")
+        left = source.visits - steps_per_epoch * c.optim.batch_size
+        rest = f" ({left:,} of its {source.visits:,} images left over, others each time)" if left else ""
+        print(f"data: {' '.join(root)}: {source.description}")
+        print(f"{steps_per_epoch} steps an epoch{rest}, {steps} steps in all")
         print(f"{world.size} process(es) on {device_name(device)}, {c.model.precision}, {compiled}")
         if probe is None:
-            print("no class folders, so no 20-NN probe: health shows in feature_std, rankme and cosine_gap", flush=True)
+            print("no labels, so no 20-NN probe: health shows in feature_std, rankme and cosine_gap", flush=True)
         else:
             print(probe.description, flush=True)
     first_step, untrained, initial_std = 0, None, None
@@ -146,8 +151,12 @@ def train(command: cli.Command, world: config.World) -> int:
     if resume is not None:
         first_step, extra = checkpoint.load(directory / CHECKPOINTS, state)
         untrained, initial_std = extra["untrained"], extra["initial_std"]
-        if extra["images"] != len(source):
-            raise UserError(f"data.root: {root} holds {len(source)} images, the run began with {extra['images']}")
+        if extra["data"] != source.fingerprint:
+            found, before = len(source), extra["images"]
+            others = (
+                f"{found:,} images, the run began with {before:,}" if found != before else "other images than it did"
+            )
+            raise UserError(f"data.root: {' '.join(root)}: holds {others}; restore them, or start a new run")
         if first_step == steps:
             raise UserError(f"--resume {resume}: the run is complete, all of its {steps} steps are done")
     elif probe is not None:
@@ -213,7 +222,10 @@ def train(command: cli.Command, world: config.World) -> int:
         if save_now or stop:
             checkpoint.save(
                 directory / CHECKPOINTS, done, state, keep=c.run.keep_checkpoints,
-                extra={"untrained": untrained, "images": len(source), "initial_std": initial_std},
+                extra={
+                    "untrained": untrained, "initial_std": initial_std, "images": len(source),
+                    "data": source.fingerprint,
+                },
             )  # fmt: skip
             if records is not None:
                 records.state("running", done, untrained=untrained, knn_top1=accuracy)

@@ -26,6 +26,7 @@ from cjepa_fast.config import (
     validate_world,
 )
 from cjepa_fast.errors import UserError
+from cjepa_fast.images import MAX_PIXELS
 from cjepa_fast.presets import PRESETS
 
 DEMO = PRESETS["demo"]
@@ -73,7 +74,7 @@ BAD_FLAGS = [
     ),
     (
         "--preset cifar10_tiny",
-        "data.root: not set, but preset 'cifar10_tiny' needs images; add --data.root FOLDER",
+        "data.root: not set, but preset 'cifar10_tiny' needs images; add --data.root PATH",
     ),
     ("--config nowhere.yaml", "nowhere.yaml: No such file or directory; give an existing YAML file"),
     ("--resume nowhere", "--resume nowhere: no config.yaml there; give the folder of a run"),
@@ -145,6 +146,9 @@ BAD_FLAGS = [
         "--runtime.accumulate 3",
         "runtime.accumulate: 3 does not divide optim.batch_size 128; use a divisor",
     ),
+    ("--data.root", "--data.root: expected text or several, got nothing"),
+    ("--data.index fast", "--data.index: expected one of quick, thorough, got 'fast'"),
+    ("--data.max-pixels 0", "data.max_pixels: 0 is out of range; use at least 1"),
     ("--run.log-every 0", "run.log_every: 0 is out of range; use at least 1"),
     ("--run.keep-checkpoints 1", "run.keep_checkpoints: 1 is out of range; use at least 2"),
     ("--seed -1", "seed: -1 is out of range; use 0 to 2**63 - 1"),
@@ -183,6 +187,8 @@ BAD_YAML = [
         ":1: mask.mode: expected one of fixed, faithful, packed, rasterized, block, random, got null",
     ),
     ("model: {precision: fp16}", ":1: model.precision: expected one of fp32, bf16, got 'fp16'"),
+    ("data: {root: [a, ~]}", ":1: data.root: expected text or several, got ['a', None]"),
+    ("data: {root: {a: 1}}", ":1: data.root: expected text or several, got something nested"),
     ("preset: [demo]", ":1: preset: expected text, got ['demo']"),
     ("preset: demoo", ": unknown preset 'demoo'; did you mean 'demo'?"),
     ("optim: {lr: 1", ":1: malformed YAML, expected ',' or '}', but got '<stream end>'"),
@@ -243,7 +249,7 @@ def test_precedence(tmp_path: Path) -> None:
     argv = ["--config", str(first), "--config", str(second), "--optim.ema", "0.7"]
     expected = replace(
         PRESETS["cifar10_tiny"],
-        {"optim.lr": 1e-4, "optim.eps": 1e-5, "optim.ema": 0.7, "data.root": Path("images")},
+        {"optim.lr": 1e-4, "optim.eps": 1e-5, "optim.ema": 0.7, "data.root": ("images",)},
     )
     assert load(argv).config == expected
     assert load([*argv[-2:], *argv[:-2]]).config == expected  # a flag wins wherever it stands
@@ -272,7 +278,7 @@ def test_yaml_values_are_typed_by_key_not_by_yaml(tmp_path: Path) -> None:
     assert config.optim.steps == 7 and type(config.optim.epochs) is float
     assert config.runtime.compile == "off" and config.run.wandb == "no"
     assert config.run.tensorboard is True and config.run.dir == Path("2026-11-22")
-    assert config.data.root is None
+    assert config.data.root == ()
 
 
 def test_flag_spellings() -> None:
@@ -288,11 +294,31 @@ def test_flag_spellings() -> None:
     assert load(["--data.hflip", "--data.no_hflip"]).config == DEMO
 
 
+@pytest.mark.parametrize(
+    ("flags", "yaml", "root"),
+    [
+        ("", "[a, b=2]", ("a", "b=2")),
+        ("", "a b", ("a b",)),
+        ("", "[]", ()),
+        ("--data.root c d=0.5 --seed 1", "[a, b]", ("c", "d=0.5")),
+        ("--data.root c --data.hflip --data.root=d=0.5 e", "a", ("c", "d=0.5", "e")),
+    ],
+)
+def test_several_roots(flags: str, yaml: str, root: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_text(f"data: {{root: {yaml}}}")
+    assert load(["--config", str(path), *flags.split()]).config.data.root == root
+
+
+def test_the_pixel_limit_is_that_of_the_index() -> None:
+    assert DEMO.data.max_pixels == MAX_PIXELS
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_validate_and_survive_yaml(name: str, tmp_path: Path) -> None:
     config = replace(
         PRESETS[name],
-        {"data.root": Path("a b/ü: #1"), "run.wandb": "null", "optim.lr": 1 / 3, "optim.steps": 1},
+        {"data.root": ("a b/ü: #1", "no", "x=0.5"), "run.wandb": "null", "optim.lr": 1 / 3, "optim.steps": 1},
     )
     validate(PRESETS[name])
     path = tmp_path / "config.yaml"
@@ -323,11 +349,12 @@ def a_run(tmp_path: Path, config: Config = DEMO) -> Path:
 
 
 def test_resume_takes_the_run_as_it_is(tmp_path: Path) -> None:
-    old = replace(PRESETS["cifar10_tiny"], {"data.root": Path("old"), "run.dir": Path("elsewhere")})
+    old = replace(PRESETS["cifar10_tiny"], {"data.root": ("old",), "run.dir": Path("elsewhere")})
     run = a_run(tmp_path, old)
-    command = load(["--resume", str(run), "--run.log-every", "7", "--data.root", "new"])
+    command = load(["--resume", str(run), "--run.log-every", "7", "--data.root", "new", "--data.on-error", "skip"])
     assert command.resume == run
-    assert command.config == replace(old, {"run.dir": run, "run.log_every": 7, "data.root": Path("new")})
+    changes = {"run.dir": run, "run.log_every": 7, "data.root": ("new",), "data.on_error": "skip"}
+    assert command.config == replace(old, changes)
 
 
 def test_resume_refuses_other_results(tmp_path: Path) -> None:
@@ -355,9 +382,9 @@ def test_differences_are_those_of_results() -> None:
     assert differences(DEMO, DEMO) == []
     other = replace(DEMO, {"runtime.compile": "off", "run.log_every": 99, "run.wandb": "x"})
     assert differences(DEMO, other) == []
-    here, there = replace(DEMO, {"data.root": Path("a")}), replace(DEMO, {"data.root": Path("b")})
+    here, there = replace(DEMO, {"data.root": ("a",)}), replace(DEMO, {"data.root": ("b", "c=2")})
     assert differences(here, there) == []
-    assert differences(DEMO, there) == ["data.root: None -> b"]
+    assert differences(DEMO, there) == ["data.root: () -> ('b', 'c=2')"]
     assert differences(DEMO, replace(DEMO, {"seed": 5, "optim.lr": 2.0})) == [
         f"optim.lr: {DEMO.optim.lr} -> 2.0",
         "seed: 0 -> 5",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-import os
 import random
 import subprocess
 import sys
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from bad_images import png_chunk, png_header
 from cjepa_fast import data
-from cjepa_fast.data import Batches, ImageSource, batch_ids, center_batches, crop_windows, epoch_order, scan
+from cjepa_fast.data import Batches, batch_ids, center_batches, crop_windows, epoch_order
 from cjepa_fast.errors import UserError
+from cjepa_fast.index import open_sources
+from cjepa_fast.manifest import Mixture
 from cjepa_fast.philox import philox4x32
 
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
@@ -28,8 +33,19 @@ def picture(seed: int, height: int, width: int) -> Image.Image:
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def opened(*roots: object) -> Mixture:
+    return open_sources(list(map(str, roots)))
+
+
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     """50 images of many sizes in two classes."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
@@ -38,10 +54,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
         folder.mkdir(exist_ok=True)
         height, width = rng.integers(20, 90, 2)
         picture(i, int(height), int(width)).save(folder / f"{i}.jpg", quality=90)
-    return scan(root)
+    return opened(root)
 
 
-def batches(source: ImageSource, **changes) -> Batches:
+def batches(source: Mixture, **changes) -> Batches:
     options = {
         "batch_size": 16,
         "image_size": 24,
@@ -82,141 +98,77 @@ def test_philox_known_answers(counter: str, key: str, expected: str):
     assert (philox4x32(counters, (low, high)) == np.array(words(expected), dtype=np.uint32)).all()
 
 
-# --- scan
+# --- what roots hold (tests/test_index.py has the whole table)
 
 
-def test_class_folders_give_labels(source: ImageSource):
+def test_class_folders_give_labels(source: Mixture):
     assert source.classes == ("even", "odd") and source.description == "50 images in 2 class folders"
-    assert source.labels is not None and source.labels.dtype == np.int64
-    assert [source.classes[label] for label in source.labels] == [path.split("/")[0] for path in source.paths]
-    assert source.paths == sorted(source.paths) and len(source) == 50
+    assert source.labels is not None and source.labels.dtype == np.int64 and len(source) == source.visits == 50
     for i in range(len(source)):
+        assert source.classes[source.labels[i]] == Path(source.path(i)).parent.name
         with Image.open(source.path(i)) as image:
             assert (image.height, image.width) == tuple(source.sizes[i])
-
-
-@pytest.mark.parametrize(
-    ("files", "found"),
-    [
-        (("b.jpg", "a.png"), "2 images in 1 folder, no labels"),
-        (("train/cat/a.jpg", "train/dog/b.jpg"), "2 images in 2 folders, no labels"),
-        (("cat/a.jpg", "b.jpg"), "2 images in 2 folders, no labels"),
-        (("images/a.jpg", "images/b.jpg"), "2 images in 1 folder, no labels"),
-    ],
-)
-def test_bare_images_have_no_labels(tmp_path: Path, files: tuple[str, ...], found: str):
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(0, 8, 8).save(tmp_path / name)
-    source = scan(tmp_path)
-    assert source.paths == sorted(files) and source.labels is None and source.classes == ()
-    assert source.description == found
-
-
-def test_other_files_are_ignored_and_counted(tmp_path: Path):
-    for name in ("a.JPG", "._a.jpg", "notes.txt", "b.gif", ".cache/c.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        picture(0, 8, 8).save(tmp_path / name, "JPEG")
-    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)
-    source = scan(tmp_path)
-    assert source.paths == ["a.JPG"]
-    assert source.description == "1 image in 1 folder, no labels; 3 other files ignored"
 
 
 def test_names_with_spaces_and_unicode(tmp_path: Path):
     for name in ("кошка и кот", "犬 🐕"):
         (tmp_path / name).mkdir()
         picture(1, 20, 30).save(tmp_path / name / "é 100%.jpg")
-    source = scan(tmp_path)
+    source = opened(tmp_path)
     assert set(source.classes) == {"кошка и кот", "犬 🐕"}
     batch = next(batches(source, batch_size=2, image_size=16))
     assert batch.images.shape == (2, 16, 16, 3)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_do_not_change_the_scan(source: ImageSource, threads: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data, "_SCAN_CHUNK", 7)
-    again = scan(source.root, threads=threads)
-    assert again.paths == source.paths and (again.sizes == source.sizes).all()
-
-
-def _missing(tmp_path: Path) -> Path:
-    return tmp_path / "nowhere"
-
-
-def _file(tmp_path: Path) -> Path:
-    (tmp_path / "list.txt").write_text("a")
-    return tmp_path / "list.txt"
-
-
-def _empty(tmp_path: Path) -> Path:
-    (tmp_path / "readme.txt").write_text("a")
-    return tmp_path
-
-
-def _with_bad_file(name: str, content: bytes):
-    def make(tmp_path: Path) -> Path:
-        picture(0, 8, 8).save(tmp_path / "good.jpg")
-        (tmp_path / name).write_bytes(content)
-        (tmp_path / f"z{name}").write_bytes(content)
-        return tmp_path
-
-    return make
-
-
-def _png_header(width: int, height: int) -> bytes:
-    import struct
-    import zlib
-
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
-
-
-NO_DATA = b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
-
-
 @pytest.mark.parametrize(
-    ("make", "culprit", "says"),
+    ("content", "reason"),
     [
-        (_missing, "nowhere", ("no such folder", "give the folder")),
-        (_file, "list.txt", ("is a file", "give the folder")),
-        (_empty, "", ("no images", "1 other file;", ".jpg")),
-        (
-            _with_bad_file("a.jpg", b"<html>404</html>"),
-            "a.jpg",
-            ("not of a JPEG", "2 of 3", "remove or replace"),
-        ),
-        (_with_bad_file("a.jpg", b""), "a.jpg", ("empty (0 bytes)", "2 of 3", "remove or replace")),
-        (_with_bad_file("a.jpg", b"\xff\xd8\xff\xe0\x00"), "a.jpg", ("not of a JPEG", "2 of 3")),
-        (
-            _with_bad_file("a.png", _png_header(20000, 9000) + NO_DATA),
-            "a.png",
-            ("178,956,970", "bomb", "2 of 3"),
-        ),
+        (b"<html>404</html>", "not an image"),
+        (b"", "empty"),
+        (b"\xff\xd8\xff\xe0\x00", "truncated"),
+        (png_header(20000, 9000), "too many pixels"),
     ],
 )
-def test_bad_roots_and_files(tmp_path: Path, make, culprit: str, says: tuple[str, ...]):
-    root = make(tmp_path)
-    with pytest.raises(UserError) as caught:
-        scan(root)
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / culprit}:") and "\n" not in message
-    assert all(part in message for part in says), message
+def test_a_bad_file_is_left_out_and_an_error_only_if_nothing_is_usable(tmp_path: Path, content: bytes, reason: str):
+    (tmp_path / "bad.jpg").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"holds no usable image: .*bad\.jpg: .*; remove or replace what is bad"
+    ) as caught:
+        opened(tmp_path)
+    assert "\n" not in str(caught.value)
+    for i in range(2):
+        picture(i, 30, 30).save(tmp_path / f"{i}.jpg")
+    source = opened(tmp_path)
+    assert source.description == f"2 images in 1 folder, no labels; 1 left out (1 {reason})"
+    assert [sorted(ids) for ids, _ in images_by_step(source, batch_size=2, last_step=2).values()] == [[0, 1]] * 2
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_large_image_is_no_bomb(tmp_path: Path):
-    (tmp_path / "a.png").write_bytes(_png_header(12000, 9000) + NO_DATA)
-    assert scan(tmp_path).sizes.tolist() == [[9000, 12000]]
+def packed(source: Mixture, root: Path, kind: str) -> Path:
+    """The images of `source`, in the same order, as another kind of source."""
+    if kind == "tar":
+        for start in (0, 30):
+            with tarfile.open(root / f"train-{start:02d}.tar", "w") as shard:
+                for i in range(start, min(start + 30, len(source))):
+                    shard.add(source.path(i), f"{i:03d}.jpg")
+        return root
+    if kind == "list":
+        (root / "list.txt").write_text("".join(source.path(i) + "\n" for i in range(len(source))))
+        return root / "list.txt"
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: parquet is not tested")
+    parquet = importlib.import_module("pyarrow.parquet")
+    images = [{"bytes": Path(source.path(i)).read_bytes(), "path": None} for i in range(len(source))]
+    parquet.write_table(pyarrow.table({"image": images}), root / "a.parquet", row_group_size=7)
+    return root / "a.parquet"
 
 
-def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(path):  # by hand, for root may read everything
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\); grant read access"):
-        scan(tmp_path)
+@pytest.mark.parametrize("kind", ["tar", "parquet", "list"])
+def test_every_kind_of_source_shows_the_same(source: Mixture, tmp_path: Path, kind: str):
+    other = opened(packed(source, tmp_path, kind))
+    assert other.labels is None
+    assert_same(images_by_step(source), images_by_step(other, threads=3))
+    some = np.array([3, 49, 0])
+    view, again = (next(center_batches(s, some, image_size=24, batch_size=3)) for s in (source, other))
+    assert torch.equal(view, again)
 
 
 # --- order
@@ -243,19 +195,19 @@ def test_epoch_order_is_uniform():
     assert ((counts - rounds / 5) ** 2 / (rounds / 5)).sum() < 39.3  # exceeded once in a thousand seeds
 
 
-def test_batches_walk_the_epoch_order():
+def test_batches_walk_the_epoch_order(source: Mixture):
     n, size = 50, 16
     for epoch in range(3):
-        taken = [batch_ids(n, seed=9, step=3 * epoch + i, batch_size=size) for i in range(3)]
-        assert [e for e, _ in taken] == [epoch] * 3
-        ids = np.concatenate([ids for _, ids in taken])
+        taken = [batch_ids(source, seed=9, step=3 * epoch + i, batch_size=size) for i in range(3)]
+        assert [e for e, _, _ in taken] == [epoch] * 3 and not any(repeats.any() for _, _, repeats in taken)
+        ids = np.concatenate([ids for _, ids, _ in taken])
         assert len(set(ids)) == 48 and (ids == epoch_order(n, seed=9, epoch=epoch)[:48]).all()
     dropped = [set(epoch_order(n, seed=9, epoch=epoch)[48:]) for epoch in range(3)]
     assert dropped[0] != dropped[1] != dropped[2]
 
 
-def test_batch_sizes_that_do_not_fit(source: ImageSource):
-    with pytest.raises(UserError, match=r"batch_size=51 .* 50 images .* lower"):
+def test_batch_sizes_that_do_not_fit(source: Mixture):
+    with pytest.raises(UserError, match=r"batch_size=51 .* 50 images of an epoch; lower"):
         batches(source, batch_size=51)
     with pytest.raises(UserError, match=r"batch_size=15 .* 2 ranks"):
         batches(source, batch_size=15, world_size=2)
@@ -341,6 +293,21 @@ def test_crops_depend_on_seed_epoch_and_id_alone():
     assert len(np.unique(base, axis=0)) > 95
 
 
+def test_a_second_visit_is_drawn_anew():
+    """And the first one as if there were no other."""
+    ids = np.arange(200)
+    sizes = np.tile(np.array([300, 400], dtype=np.int32), (200, 1))
+    options = {"seed": 1, "epoch": 0, "scale": SCALE, "ratio": RATIO}
+    windows = [crop_windows(ids, sizes, repeats=r, **options) for r in (np.zeros(200, int), np.arange(200) % 2, 2**23)]
+    assert (windows[0] == crop_windows(ids, sizes, **options)).all()
+    assert (windows[1][::2] == windows[0][::2]).all()
+    flips = [data.flip_flags(ids, seed=1, epoch=0, repeats=r) for r in (0, 1, 2**23)]
+    assert (flips[0] == data.flip_flags(ids, seed=1, epoch=0)).all()
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (windows[i][1::2] != windows[j][1::2]).any(axis=1).mean() > 0.95
+        assert 60 < (flips[i] != flips[j]).sum() < 140
+
+
 def test_half_of_the_images_are_flipped():
     flags = [data.flip_flags(np.arange(4000), seed=0, epoch=epoch) for epoch in (0, 1)]
     assert all(abs(f.mean() - 0.5) < 4 / math.sqrt(4 * 4000) for f in flags)
@@ -350,7 +317,7 @@ def test_half_of_the_images_are_flipped():
 # --- pixels
 
 
-def test_batches_agree_with_pillow(source: ImageSource):
+def test_batches_agree_with_pillow(source: Mixture):
     seen = 0
     for batch in batches(source, first_step=2, last_step=5):
         ids = batch.ids.numpy()
@@ -396,20 +363,20 @@ def test_odd_files_come_out_upright_and_rgb(tmp_path: Path):
             exif[0x0112] = options["exif"]
             options["exif"] = exif
         picture(7, 40, 64).convert(mode).save(tmp_path / name, **options)
-    source = scan(tmp_path)
+    source = opened(tmp_path)
     whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (0.1, 10.0), "hflip": False}
     for batch in batches(source, batch_size=len(source), image_size=32, last_step=2, **whole):
         ids = batch.ids.numpy()
         windows = crop_windows(ids, source.sizes[ids], seed=3, epoch=batch.epoch, scale=(1.0, 1.0), ratio=(0.1, 10.0))
         for image, i, window in zip(batch.images.numpy(), ids, windows, strict=True):
-            turned = ODD_FILES[source.paths[i]][1].get("exif", 1) >= 5
-            assert tuple(source.sizes[i]) == ((64, 40) if turned else (40, 64)), source.paths[i]
+            turned = ODD_FILES[Path(source.path(i)).name][1].get("exif", 1) >= 5
+            assert tuple(source.sizes[i]) == ((64, 40) if turned else (40, 64)), source.name(i)
             difference = np.abs(image.astype(int) - pillow_view(source.path(i), window, 32))
-            assert difference.mean() < 0.5 and difference.max() <= 6, source.paths[i]
+            assert difference.mean() < 0.5 and difference.max() <= 6, source.name(i)
 
 
 @pytest.mark.parametrize("image_size", [24, 56])
-def test_center_batches_agree_with_pillow(source: ImageSource, image_size: int):
+def test_center_batches_agree_with_pillow(source: Mixture, image_size: int):
     """Both sides of the rule: 20 to 90 pixel images against 24 and 56 pixel views."""
     ids = np.arange(len(source))[::-1]
     views = list(center_batches(source, ids, image_size=image_size, batch_size=16))
@@ -423,19 +390,19 @@ def test_center_batches_agree_with_pillow(source: ImageSource, image_size: int):
         left, top = round((width - image_size) / 2), round((height - image_size) / 2)
         expected = np.asarray(resized.crop((left, top, left + image_size, top + image_size)))
         difference = np.abs(image.astype(int) - expected)
-        assert difference.mean() < 0.5 and difference.max() <= 6, (source.paths[i], original.size)
+        assert difference.mean() < 0.5 and difference.max() <= 6, (source.name(i), original.size)
 
 
 def test_center_leaves_images_of_the_right_size_alone(tmp_path: Path):
     picture(0, 32, 32).save(tmp_path / "a.png")
-    (view,) = center_batches(scan(tmp_path), np.array([0, 0]), image_size=32, batch_size=4)
+    (view,) = center_batches(opened(tmp_path), np.array([0, 0]), image_size=32, batch_size=4)
     assert (view.numpy() == np.asarray(picture(0, 32, 32))).all()
 
 
 # --- the same data whatever the machine
 
 
-def images_by_step(source: ImageSource, **changes) -> dict[int, tuple[list[int], torch.Tensor]]:
+def images_by_step(source: Mixture, **changes) -> dict[int, tuple[list[int], torch.Tensor]]:
     return {batch.step: (batch.ids.tolist(), batch.images) for batch in batches(source, **changes)}
 
 
@@ -446,33 +413,73 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"threads": 2}, {"prefetch": 1}, {"prefetch": 4, "threads": 2}])
-def test_runtime_settings_do_not_change_the_data(source: ImageSource, changes: dict):
+def test_runtime_settings_do_not_change_the_data(source: Mixture, changes: dict):
     """Bit for bit. The batches are kept while later ones are made, so a reused buffer would show as well."""
     assert_same(images_by_step(source), images_by_step(source, **changes))
 
 
+def over_ranks(source: Mixture, world_size: int, **changes) -> dict[int, tuple[list[int], torch.Tensor]]:
+    """What the ranks get, concatenated."""
+    ranks = [images_by_step(source, rank=rank, world_size=world_size, **changes) for rank in range(world_size)]
+    return {step: ([i for r in ranks for i in r[step][0]], torch.cat([r[step][1] for r in ranks])) for step in ranks[0]}
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 16])
-def test_world_size_does_not_change_the_data(source: ImageSource, world_size: int):
-    ranks = [images_by_step(source, rank=rank, world_size=world_size) for rank in range(world_size)]
-    joined = {
-        step: ([i for r in ranks for i in r[step][0]], torch.cat([r[step][1] for r in ranks])) for step in ranks[0]
-    }
-    assert_same(images_by_step(source), joined)
+def test_world_size_does_not_change_the_data(source: Mixture, world_size: int):
+    assert_same(images_by_step(source), over_ranks(source, world_size))
 
 
-def test_resume_equals_going_on(source: ImageSource):
+@pytest.fixture(scope="module")
+def mixture(source: Mixture, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """50 images of a folder, each twice, and a different half of 50 in shards: 125 visits an epoch."""
+    shards = packed(source, tmp_path_factory.mktemp("shards"), "tar")
+    return opened(f"{Path(source.path(0)).parents[1]}=2", f"{shards}=0.5")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"world_size": 4},
+        {"world_size": 2, "threads": 3, "prefetch": 4},
+        {"prefetch": 1},
+        {"first_step": 5},
+        {"first_step": 11, "world_size": 2, "threads": 2},
+    ],
+    ids=str,
+)
+def test_a_mixture_is_the_same_however_it_is_made(mixture: Mixture, changes: dict):
+    """Ranks, threads, prefetch and a restart in the middle of an epoch (of 7 steps), all at once."""
+    whole = images_by_step(mixture, last_step=16)
+    kept = {step: batch for step, batch in whole.items() if step >= changes.get("first_step", 0)}
+    assert_same(kept, over_ranks(mixture, **{"world_size": 1, "last_step": 16} | changes))
+
+
+def test_each_epoch_of_a_mixture_has_its_weights(mixture: Mixture):
+    assert mixture.visits == 125
+    steps = images_by_step(mixture, batch_size=25, image_size=8, last_step=10)
+    epochs = [[i for step in range(5 * e, 5 * e + 5) for i in steps[step][0]] for e in range(2)]
+    for ids in epochs:
+        counts = np.bincount(ids, minlength=100)
+        assert (counts[:50] == 2).all() and counts[50:].sum() == 25 and counts.max() == 2
+    assert sorted(i for ids in epochs for i in ids if i >= 50) == list(range(50, 100))
+    twice = [image for step in range(5) for i, image in zip(*steps[step], strict=True) if i == 7]
+    assert len(twice) == 2 and not torch.equal(*twice)
+
+
+def test_resume_equals_going_on(source: Mixture):
     whole = images_by_step(source)
     assert list(whole) == list(range(7))
     assert_same({step: whole[step] for step in (4, 5, 6)}, images_by_step(source, first_step=4))
     assert images_by_step(source, first_step=7) == {}
 
 
-def test_each_epoch_shows_every_image_once(source: ImageSource):
+def test_each_epoch_shows_every_image_once(source: Mixture):
     ids = [i for step_ids, _ in images_by_step(source, batch_size=10, last_step=10).values() for i in step_ids]
     assert sorted(ids[:50]) == sorted(ids[50:]) == list(range(50)) and ids[:50] != ids[50:]
 
 
-def test_images_outlive_close_and_close_ends_the_iterator(source: ImageSource):
+def test_images_outlive_close_and_close_ends_the_iterator(source: Mixture):
     loader = batches(source, last_step=None)
     images = next(loader).images
     copy = images.clone()
@@ -485,43 +492,61 @@ def test_images_outlive_close_and_close_ends_the_iterator(source: ImageSource):
 # --- faults at run time
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-80])
+def _html(path: Path) -> None:
+    """Of the same length, so that only decoding tells."""
+    path.write_bytes(b"<html>" + path.read_bytes()[6:])
 
 
-def _shrink(path: Path) -> None:
-    picture(0, 4, 4).save(path)
+def _png_of_noise(path: Path) -> None:
+    """Sound to its checksums, but what they protect is no compressed data."""
+    path.write_bytes(png_header(64, 64) + png_chunk(b"IDAT", bytes(range(200))) + png_chunk(b"IEND", b""))
 
 
-def _int32_tiff(path: Path) -> None:
-    Image.new("I", (64, 64)).save(path, "TIFF")
+def twelve(root: Path, *, epoch_position: int, prepare=None) -> tuple[Mixture, Path]:
+    """Twelve images, and the file of the one at a position of epoch 0, which `prepare` changes before indexing."""
+    for i in range(12):
+        picture(i, 64, 64).save(root / f"{i:02d}.jpg")
+    victim = root / f"{epoch_order(12, seed=3, epoch=0)[epoch_position]:02d}.jpg"
+    if prepare is not None:
+        prepare(victim)
+    return opened(root), victim
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("before", "damage", "says"),
     [
-        (_truncate, "cannot be decoded .*truncated"),
-        (lambda path: path.write_bytes(b""), "empty"),
-        (lambda path: path.write_bytes(b"<html>"), "not of a JPEG"),
-        (Path.unlink, "No such file"),
-        (_shrink, "was 64 x 64 .* is 4 x 4 now"),
-        (_int32_tiff, "Pillow decodes and DALI does not"),
+        (None, lambda path: path.write_bytes(path.read_bytes()[:-80]), "changed since it was indexed"),
+        (None, lambda path: path.write_bytes(b""), "changed since it was indexed"),
+        (None, lambda path: picture(0, 4, 4).save(path), "changed since it was indexed"),
+        (None, Path.unlink, r"cannot be read any more \(No such file or directory\)"),
+        (None, _html, "starts with b'<html>"),
+        (_png_of_noise, None, "DALI cannot decode it"),
     ],
 )
-def test_a_bad_image_is_named(tmp_path: Path, damage, says: str):
-    for i in range(12):
-        picture(i, 64, 64).save(tmp_path / f"{i}.jpg")
-    source = scan(tmp_path)
-    victim = source.paths[epoch_order(12, seed=3, epoch=0)[9]]  # in step 2 of batches of four
-    damage(tmp_path / victim)
+def test_a_bad_image_is_named(tmp_path: Path, before, damage, says: str):
+    source, victim = twelve(tmp_path, epoch_position=9, prepare=before)  # in step 2 of batches of four
+    if damage is not None:
+        damage(victim)
     loader = batches(source, batch_size=4, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=False)
     assert [next(loader).step, next(loader).step] == [0, 1]
     with pytest.raises(UserError, match=says) as caught:
         next(loader)
-    assert str(caught.value).startswith(f"{tmp_path / victim}:") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{victim}:") and "\n" not in str(caught.value)
 
 
-def test_missing_dali_is_named(source: ImageSource, monkeypatch: pytest.MonkeyPatch):
+def test_a_bad_member_of_a_shard_is_named(source: Mixture, tmp_path: Path):
+    shards = opened(packed(source, tmp_path, "tar"))
+    victim = int(epoch_order(50, seed=3, epoch=0)[20])
+    with open(shards.path(victim), "r+b") as shard:
+        shard.seek(int(shards.name(victim).rpartition(" ")[2].replace(",", "")))
+        shard.write(b"<html>")
+    loader = batches(shards)
+    next(loader)
+    with pytest.raises(UserError, match=rf"train-{victim // 30 * 30:02d}.tar: {victim:03d}.jpg at byte .*starts with"):
+        next(loader)
+
+
+def test_missing_dali_is_named(source: Mixture, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match="nvidia-dali-cuda130"):
         batches(source)
@@ -533,7 +558,7 @@ def test_import_needs_neither_dali_nor_pillow():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the mixed decoder is not tested")
-def test_gpu_agrees_with_cpu(source: ImageSource):
+def test_gpu_agrees_with_cpu(source: Mixture):
     for cpu, gpu in zip(batches(source), batches(source, device="cuda:0"), strict=True):
         assert gpu.images.is_cuda and torch.equal(cpu.ids, gpu.ids)
         # nvJPEG upsamples chroma differently from libjpeg-turbo.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,13 @@ SMALL = (
 ).split()  # fmt: skip
 CLOCKS = {"images_per_s", "data_wait_ms"}
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +220,43 @@ def test_bare_images_train_without_a_probe(images: Path, tmp_path: Path, capsys:
         shutil.copy(path, flat / f"{path.parent.name}{path.name}")
     lines = run(flat, tmp_path / "run", "--optim.steps", "2", "--optim.warmup-epochs", "0")
     assert all("knn_top1" not in line for line in lines) and "no 20-NN probe" in capsys.readouterr().out
+
+
+def as_tar(images: Path, folder: Path) -> Path:
+    folder.mkdir()
+    with tarfile.open(folder / "train-0.tar", "w") as shard:
+        for i, path in enumerate(sorted(images.glob("*/*.jpg"))):
+            shard.add(path, f"{i:03d}.jpg")
+            label = tarfile.TarInfo(f"{i:03d}.cls")
+            label.size = 1
+            shard.addfile(label, io.BytesIO(b"0" if path.parent.name == "cat" else b"1"))
+    return folder
+
+
+def test_shards_train_as_folders_do(images: Path, straight: Path, tmp_path: Path) -> None:
+    shards = as_tar(images, tmp_path / "shards")
+    assert without_clocks(run(shards, tmp_path / "run")) == without_clocks(metrics(straight))
+
+
+def test_roots_are_mixed_and_resume_knows_them(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, out = as_tar(images, tmp_path / "shards"), tmp_path / "run"
+    roots = [f"{shards}=2", f"{images / 'cat'}=0.5"]  # 80 and 10 visits: 11 steps of 8 an epoch
+    arguments = [*SMALL, "--run.dir", str(out), "--optim.steps", "14", "--data.root", *roots]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "weight 2; 20 images in 1 folder, no labels, weight 0.5" in printed
+    assert "11 steps an epoch (2 of its 90 images left over, others each time), 14 steps in all" in printed
+    assert "no labels, so no 20-NN probe" in printed
+    lines = without_clocks(metrics(out))
+
+    shutil.rmtree(out / "checkpoints" / "step-00000014")
+    assert main(["--resume", str(out), "--data.root", roots[0], f"{images / 'cat'}=0.6"]) == 2
+    assert "holds other images than it did; restore them" in capsys.readouterr().err
+    shards.rename(tmp_path / "moved")
+    assert main(["--resume", str(out), "--data.root", f"{tmp_path / 'moved'}=2", roots[1]]) == 0
+    assert without_clocks(metrics(out)) == lines
 
 
 def test_check_prints_and_leaves(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
