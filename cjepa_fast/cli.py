@@ -269,7 +269,7 @@ def _parse_flags(argv: Sequence[str], base: Config) -> _Flags:
 
 
 def _join_lists(argv: Sequence[str]) -> list[str]:
-    """`--config a --config b` as `--config a b`, for tyro takes the last of a repeated flag."""
+    """`--config a --config b` as `--config a b`; of other repeated flags the last one counts."""
     rest: list[str] = []
     lists: dict[str, list[str]] = {}
     into = rest
@@ -277,7 +277,7 @@ def _join_lists(argv: Sequence[str]) -> list[str]:
         flag, equals, value = argument[2:].partition("=")
         flag = flag.replace("_", "-")
         if argument.startswith("--") and get_args(_flagannotations().get(flag))[1:] == (...,):
-            into = lists.setdefault(flag, [])
+            into = lists[flag] = lists.get(flag, []) if flag == "config" else []
             into += [value] if equals else []
         else:
             into = rest if argument.startswith("-") else into

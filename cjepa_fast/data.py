@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 _ORDER, _CROP, _FLIP = (int.from_bytes(tag, "little") for tag in (b"ordr", b"crop", b"flip"))
 
 _CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before trying again to read from storage that seems gone
-_PATIENCE = 10  # minutes without an image after which a read is given up
+_PAUSES = (1.0, 5.0, 30.0)  # seconds before trying again to read from storage that seems gone
+_ALARM, _PATIENCE = 60.0, 10  # seconds without an image until that is said, and how often until it is an error
 _STAND_IN = 2**23  # the visit of an image that stands in for a bad one: no weight gives an epoch that many
 
 log = logging.getLogger(__name__)
 
-_Part = Future[tuple[list["np.ndarray"], int]]  # encoded images of a part of a batch, and how many could not be read
+_Part = Future[tuple[list["np.ndarray"], dict[int, str]]]  # encoded images of a part of a batch; why some are not
 
 
 # --- what to show when: pure functions of (seed, epoch, id)
@@ -167,6 +167,42 @@ def flip_flags(ids: np.ndarray, *, seed: int, epoch: int, repeats: np.ndarray | 
 # --- batches
 
 
+class BadImages:
+    """The images found to be bad after indexing, by id, and what to do about another one.
+
+    Args:
+        policy: "error" raises; "skip" leaves it out from then on, up to 0.1 % of the images (at least one).
+        ids: known to be bad.
+    """
+
+    def __init__(self, source: Mixture, policy: Literal["error", "skip"] = "error", ids: Collection[int] = ()) -> None:
+        self._source, self._policy, self.ids = source, policy, frozenset(ids)
+
+    def add(self, ids: Collection[int]) -> None:
+        """Images that were found elsewhere.
+
+        Raises:
+            UserError: they are too many now.
+        """
+        self.ids |= frozenset(ids)
+        n = len(self._source)
+        if len(self.ids) > max(1, n // 1000):
+            name = self._source.name(max(ids))
+            raise UserError(f"{len(self.ids)} of {n:,} images turned bad, over the limit of 0.1 %, such as {name}")
+
+    def settle(self, faults: dict[int, str]) -> None:
+        """What is wrong with images, by id.
+
+        Raises:
+            UserError: the policy is "error", or they are too many.
+        """
+        if self._policy == "error":
+            raise UserError(f"{next(iter(faults.values()))} (or let data.on_error skip show another in its place)")
+        for fault in faults.values():
+            log.warning("skipped from now on: %s", fault)
+        self.add(faults)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """The images of one rank in one training step."""
@@ -191,13 +227,12 @@ class Batches:
         threads: CPU threads that decode; as many read.
         prefetch: batches in flight; with 1 nothing is decoded while the caller computes.
         hw_decoder_load: share of the JPEGs given to the GPU's hardware decoder, where it has one.
-        on_error: what to do about an image that cannot be decoded or is not as it was indexed. "error" raises; "skip"
-            starts the pipeline anew at the same step with another image in its place, see `batch_ids`.
-        skipped: ids known to be bad.
+        bad: what is known of bad images, and what to do about another one: by default an error. To skip it starts the
+            pipeline anew at the same step, see `batch_ids` for what is shown in its place.
 
     Raises:
-        UserError: on construction for a batch size that does not fit; from `next` for a bad image, naming it, for more
-            than 0.1 % of them (and more than one), or if nothing can be read at all any more.
+        UserError: on construction for a batch size that does not fit; from `next` for a bad image, naming it, or for
+            too many of them, or if nothing can be read at all any more.
     """
 
     def __init__(
@@ -218,8 +253,7 @@ class Batches:
         threads: int = 1,
         prefetch: int = 2,
         hw_decoder_load: float = 0.65,
-        on_error: Literal["error", "skip"] = "error",
-        skipped: Collection[int] = (),
+        bad: BadImages | None = None,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         if batch_size % world_size:
@@ -228,7 +262,7 @@ class Batches:
         batch_ids(source, seed=seed, step=first_step, batch_size=batch_size)
         fn, types = _dali()
         decoder = _decoder_options(device, hw_decoder_load)
-        self._source, self._on_error, self.skipped = source, on_error, frozenset(skipped)
+        known = bad or BadImages(source)
 
         def graph(files: Any, anchor: Any, shape: Any, flip: Any = None) -> Any:
             images = fn.decoders.image_slice(files, anchor, shape, axis_names="HW", **decoder)
@@ -241,9 +275,7 @@ class Batches:
 
         def plan(step: int) -> Iterator[_Request]:
             while last_step is None or step < last_step:
-                epoch, ids, repeats = batch_ids(
-                    source, seed=seed, step=step, batch_size=batch_size, skipped=self.skipped
-                )
+                epoch, ids, repeats = batch_ids(source, seed=seed, step=step, batch_size=batch_size, skipped=known.ids)
                 ids, repeats = ids[mine], repeats[mine]
                 draw = {"seed": seed, "epoch": epoch, "repeats": repeats}
                 windows = crop_windows(ids, source.sizes[ids], scale=crop_scale, ratio=crop_ratio, **draw)
@@ -257,7 +289,7 @@ class Batches:
             graph=graph, inputs=3 if hflip else 2, batch_size=per_rank, device=device, threads=threads,
             prefetch=prefetch,
         )  # fmt: skip
-        self._decoded = _decode(source, plan, options, first=first_step, settle=self._settle)
+        self._decoded = _decode(source, plan, options, first=first_step, bad=known)
 
     def __iter__(self) -> Batches:
         return self
@@ -275,31 +307,9 @@ class Batches:
             wait_ms=(time.perf_counter() - start) * 1e3,
         )
 
-    def skip(self, ids: Collection[int]) -> None:
-        """Leave images out from the next batch on that is not planned yet; one that is bad never shows anyway."""
-        self.skipped |= frozenset(ids)
-
-    def _settle(self, faults: dict[int, str]) -> None:
-        """Bad images by id and why: raise, or have others shown in their place."""
-        first = next(iter(faults.values()))
-        if self._on_error == "error":
-            raise UserError(f"{first} (data.on_error skip would show another in its place)")
-        self.skip(faults)
-        for fault in faults.values():
-            log.warning("skipped for the rest of the run: %s", fault)
-        if len(self.skipped) > skip_limit(len(self._source)):
-            raise UserError(
-                f"{len(self.skipped)} of {len(self._source):,} images are bad, over 0.1 %; the last: {first}"
-            )
-
     def close(self) -> None:
         """Stop reading and decoding, and free DALI's buffers; batches already handed out stay valid."""
         self._decoded.close()
-
-
-def skip_limit(n: int) -> int:
-    """How many of n images may be skipped: 0.1 %, but at least one."""
-    return max(1, n // 1000)
 
 
 def center_batches(
@@ -310,15 +320,18 @@ def center_batches(
     batch_size: int,
     device: str = "cpu",
     threads: int = 1,
+    bad: BadImages | None = None,
 ) -> Iterator[torch.Tensor]:
     """The evaluation view of images `ids`, in that order: uint8 [b, H, W, 3] batches, the last may be short.
 
     Resizes the shorter side to image_size * 256 / 224, or to image_size when the image is no larger than that
     (a CIFAR image at 32 pixels is left as it is), and cuts the central square. Sizes round as in torchvision.
+    In the place of a bad image that is skipped stands the next one with its label.
 
     Raises:
-        UserError: an image is bad, or nothing can be read.
+        UserError: as `Batches`.
     """
+    known = bad or BadImages(source)
     fn, types = _dali()
     decoder = _decoder_options(device, 0.65)
 
@@ -328,18 +341,27 @@ def center_batches(
 
     def plan(step: int) -> Iterator[_Request]:
         for start in range(step * batch_size, len(ids), batch_size):
-            chunk = np.asarray(ids[start : start + batch_size], dtype=np.int64)
+            chunk = np.array([_with_its_label(source, i, known.ids) for i in ids[start : start + batch_size].tolist()])
             size = source.sizes[chunk].astype(np.int64)
             short = size.min(axis=1, keepdims=True)
             size = size * np.where(short <= image_size, image_size, image_size * 256 // 224) // short
             corner = np.rint((size - image_size) / 2).astype(np.int32)
             yield _Request(ids=chunk, inputs=[size.astype(np.float32), corner], step=start // batch_size)
 
-    def settle(faults: dict[int, str]) -> None:
-        raise UserError(next(iter(faults.values())))
-
     options = _Options(graph=graph, inputs=2, batch_size=batch_size, device=device, threads=threads, prefetch=2)
-    return (images for _, images in _decode(source, plan, options, first=0, settle=settle))
+    return (images for _, images in _decode(source, plan, options, first=0, bad=known))
+
+
+def _with_its_label(source: Mixture, i: int, bad: Collection[int]) -> int:
+    """Image i, or the first behind it (around the end) that is not bad and has its label."""
+    while i in bad:
+        alike = np.arange(len(source)) if source.labels is None else np.flatnonzero(source.labels == source.labels[i])
+        after = np.roll(alike, -int(np.searchsorted(alike, i, side="right")))
+        good = after[~np.isin(after, list(bad))]
+        if not len(good):
+            raise UserError(f"{source.name(i)}: is bad, and no image with its label is left")
+        i = int(good[0])
+    return i
 
 
 # --- decoding
@@ -354,7 +376,7 @@ class _Request:
     step: int
     epoch: int = 0
     encoded: list[np.ndarray] = field(default_factory=list)  # uint8 [bytes] each
-    unread: int = 0  # images whose bytes could not be had
+    unread: dict[int, str] = field(default_factory=dict)  # ids whose bytes cannot be had, and why
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,12 +419,12 @@ def _decode(
     options: _Options,
     *,
     first: int,
-    settle: Callable[[dict[int, str]], None],
+    bad: BadImages,
 ) -> Generator[tuple[_Request, torch.Tensor], None, None]:
     """Decode the requests of plan(first); closing the generator ends its threads and frees the pipeline.
 
-    A pipeline is lost after an error: `settle` is told of the bad images, and may raise; else another pipeline starts
-    where this one failed.
+    A pipeline is lost after an error: unless the bad images found are settled by one, another pipeline starts where it
+    failed.
     """
     failures = 0
     while True:
@@ -414,7 +436,7 @@ def _decode(
             return
         except _Failed as failed:
             failures += 1
-            _diagnose(source, failed, options, failures, settle)
+            _diagnose(source, failed, options, failures, bad)
         finally:
             stream.close()
 
@@ -429,7 +451,7 @@ def _stream(
     fn, _ = _dali()
     gpu = None if options.device == "cpu" else torch.device(options.device)
     in_flight: deque[_Request] = deque()
-    used: deque[tuple[_Request, torch.cuda.Event]] = deque()
+    used: deque[tuple[_Request, Any]] = deque()  # with CUDA events
     feed = _Feed(source, requests, threads=options.threads, depth=options.prefetch)
 
     def supply() -> list[Any]:
@@ -497,20 +519,18 @@ class _Feed:
         for part, ids in zip(parts, np.array_split(request.ids, len(parts)), strict=True):
             data, unread = self._wait(part.result, ids)
             request.encoded += data
-            request.unread += unread
+            request.unread |= unread
         return request
 
     def _wait(self, get: Callable[..., Any], ids: np.ndarray | None = None) -> Any:
         where = ""
-        for minute in range(_PATIENCE):
+        for times in range(1, _PATIENCE + 1):
             try:
-                return get(timeout=60)
+                return get(timeout=_ALARM)
             except (queue.Empty, FutureTimeoutError):
-                where = "" if ids is None else f" {self._source.name(int(ids[0]))}"
-                log.warning("no image for %d s, reading%s: is the storage slow or gone?", 60 * (minute + 1), where)
-        raise UserError(
-            f"no image for {60 * _PATIENCE} s, reading{where}: the storage is gone; --resume when it is back"
-        )
+                where = "" if ids is None else f", reading {self._source.name(int(ids[0]))} or one soon behind it"
+                log.warning("no image for %g s%s: is the storage slow or gone?", times * _ALARM, where)
+        raise UserError(f"no image for {_PATIENCE * _ALARM:g} s{where}: go on with --resume when the storage is back")
 
     def close(self) -> None:
         self._stopped = True
@@ -541,12 +561,12 @@ class _Feed:
     def _read(self) -> None:
         while (task := self._tasks.get()) is not None and not self._stopped:
             part, ids = task
-            encoded, unread = [], 0
+            encoded, unread = [], {}
             for i in ids:
                 try:
                     encoded.append(np.frombuffer(self._source.read(i), dtype=np.uint8))
-                except SampleError:
-                    unread += 1
+                except SampleError as error:
+                    unread[i] = str(error)
                     encoded.append(np.zeros(1, dtype=np.uint8))  # is no image: it fails in its turn, not before
             part.set_result((encoded, unread))
 
@@ -554,42 +574,30 @@ class _Feed:
 # --- what is wrong
 
 
-def _diagnose(
-    source: Mixture, failed: _Failed, options: _Options, failures: int, settle: Callable[[dict[int, str]], None]
-) -> None:
+def _diagnose(source: Mixture, failed: _Failed, options: _Options, failures: int, bad: BadImages) -> None:
     """Find the bad images of a batch that failed for the `failures`th time, and settle them.
 
     Returns if it is worth trying again. What no image explains is tried thrice, storage that is gone is waited for.
     """
     for request in failed.requests:
-        faults = _faults(source, request, options)
-        gone = [i for i, (_, unread) in faults.items() if unread]
-        if len(gone) == len(set(request.ids.tolist())) > 1:
-            what = f"{faults[gone[0]][0]}, nor can any image of its batch"
+        if len(request.unread) == len(set(request.ids.tolist())) > 1:
+            what = f"{next(iter(request.unread.values()))}. No image of its batch can be read: is the storage gone?"
             if failures > len(_PAUSES):
-                raise UserError(f"{what}: is the storage gone? Go on with --resume when it is back")
-            log.warning("%s: is the storage gone? trying again in %g s", what, _PAUSES[failures - 1])
+                raise UserError(f"{what} Go on with --resume when it is back")
+            log.warning("%s Trying again in %g s", what, _PAUSES[failures - 1])
             time.sleep(_PAUSES[failures - 1])
             return
-        if faults:
-            settle({i: fault for i, (fault, _) in faults.items()})
+        if faults := request.unread or _faults(source, request, options):
+            bad.settle(faults)
             return
     if failures > len(_PAUSES):
         raise failed.error or UserError("images could not be read, and can be now; go on with --resume")
     log.warning("a batch failed although each of its images is sound; trying again (%s)", failed.error)
 
 
-def _faults(source: Mixture, request: _Request, options: _Options) -> dict[int, tuple[str, bool]]:
-    """The bad images of a request by id: why, and whether their bytes could not even be read."""
-    found: dict[int, tuple[str, bool]] = {}
-    for i in request.ids.tolist():
-        try:
-            source.read(i)
-        except SampleError as error:
-            found[i] = str(error), True
-        else:
-            if fault := source.fault(i):
-                found[i] = fault, False
+def _faults(source: Mixture, request: _Request, options: _Options) -> dict[int, str]:
+    """What is wrong with the images of a request, by id: by a look at their bytes, else by decoding each alone."""
+    found = {i: fault for i in request.ids.tolist() if (fault := source.fault(i))}
     if found:
         return found
     alone = replace(options, batch_size=1, prefetch=1, threads=1)
@@ -599,5 +607,5 @@ def _faults(source: Mixture, request: _Request, options: _Options) -> dict[int, 
         try:
             list(_stream(source, iter([single]), alone))
         except _Failed:
-            found[i] = f"{source.name(i)}: DALI cannot decode it", False
+            found[i] = f"{source.name(i)}: DALI cannot decode it"
     return found

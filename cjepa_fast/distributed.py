@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -81,6 +81,15 @@ def gather_rows(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def union_over_ranks(values: Collection[int]) -> frozenset[int]:
+    """What any rank has."""
+    if world_size() == 1:
+        return frozenset(values)
+    parts: list[list[int]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, sorted(values))
+    return frozenset(value for part in parts for value in part)
 
 
 def shard(network: nn.Module, blocks: Sequence[nn.Module], *, unit: int, trained: bool, dtype: torch.dtype) -> None:

@@ -95,6 +95,42 @@ def open_sources(
     return mixture
 
 
+def save_sources(mixture: Mixture, folder: Path) -> None:
+    """Keep the manifests of a run, so that it can go on with them whatever becomes of its sources.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    for k, manifest in enumerate(mixture.manifests):
+        manifest.save(folder / f"{k}")
+
+
+def reopen_sources(roots: Sequence[str], folder: Path) -> Mixture:
+    """The manifests that `save_sources` kept, for the same roots, or for where these have moved.
+
+    A source that has changed since is read as it was indexed then, and a line says so.
+
+    Raises:
+        UserError: the manifests are not there or damaged, or a root that moved is of another kind.
+    """
+    manifests = []
+    for k, (path, _) in enumerate(map(parse_root, roots)):
+        try:
+            manifest = Manifest.load(folder / f"{k}")
+        except (OSError, ManifestError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{folder / str(k)}: the run's index of {printable(path)}: {reason}; restore it") from None
+        if path != manifest.root and not _is_manifest(path):
+            source = find_source(path)
+            if source.kind != manifest.kind:
+                raise UserError(f"{printable(path)}: is a {source.kind}, the run began with a {manifest.kind}")
+            manifest.base = source.base
+        elif fault := staleness(manifest):
+            log.info("%s, and is read as it was then", fault)
+        manifests.append(manifest)
+    return Mixture(manifests, [weight for _, weight in map(parse_root, roots)])
+
+
 def cached_manifest(root: str, *, mode: Mode, max_pixels: int) -> Path:
     """Where the manifest of a root lies in the cache; its report is beside it."""
     key = json.dumps([os.path.abspath(root), mode, max_pixels])

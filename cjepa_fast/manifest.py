@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import errno
 import itertools
 import json
+import logging
 import mmap
 import os
 import struct
 import threading
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -31,6 +34,14 @@ from cjepa_fast.sources import ShardFault, epoch_visits, first_line, image_colum
 MAGIC = b"CJEPA manifest 1"
 _PREFIX = struct.Struct("<16sQII")  # magic, bytes of the description, its crc32, the arrays' crc32
 _ALIGN = 64
+
+# Errors of storage that may pass, the seconds before each further try, and for how long after the last try in vain the
+# other images get only one
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EAGAIN}
+_PAUSES = (0.1, 1.0, 5.0)
+_HOPELESS = 30.0
+
+log = logging.getLogger(__name__)
 
 ENTRY = np.dtype(
     [
@@ -103,6 +114,7 @@ class Manifest:
         self.base: str = meta["base"]
         self.description: str = meta["description"]
         self.classes: tuple[str, ...] = tuple(meta["classes"])
+        self._hopeless_until = 0.0
         self._open = _OpenShards(64)
         self._row_groups = _RowGroups(4)
 
@@ -140,7 +152,9 @@ class Manifest:
         """The encoded bytes of image i. May be called from several threads, and after a fork.
 
         Reads a tar at the image's offset through a bounded number of open files. A parquet file is read by the row
-        group, of which the last few are kept: in a random order it is slow unless its row groups are small.
+        group, of which the last few are kept: in a random order it is slow unless its row groups are small. An error of
+        the storage that may pass is met with three more tries in six seconds, unless those for another image just
+        failed.
 
         Args:
             verify: compare the CRC-32 with that of a thorough index too, not only the length.
@@ -150,18 +164,22 @@ class Manifest:
         """
         entry = self.entries[i]
         size = int(entry["bytes"])
-        try:
-            if self.kind == "parquet":
-                data = self._row(i)
-            elif self.kind == "tar":
-                shard = self._open.get(self.path(i))  # held: it closes with its last user
-                data = os.pread(shard.fd, size, int(entry["offset"]))
-            else:
-                data = read_file(self.path(i), size + 1)
-        except (OSError, ShardFault, IndexError) as error:
-            reason = getattr(error, "strerror", None) or error
-            message = f"{self.name(i)}: cannot be read any more ({reason}); restore it or index again"
-            raise SampleError(i, message) from None
+        for pause in (*_PAUSES, None):
+            try:
+                data = self._bytes(i, size)
+                break
+            except (OSError, ShardFault, IndexError) as error:
+                cause = error.__context__ if isinstance(error, ShardFault) else error  # what pyarrow met
+                reason = getattr(error, "strerror", None) or error
+                transient = getattr(cause, "errno", None) in _TRANSIENT
+                if pause is None or not transient or time.monotonic() < self._hopeless_until:
+                    if transient:
+                        self._hopeless_until = time.monotonic() + _HOPELESS
+                    message = f"{self.name(i)}: cannot be read any more ({reason}); restore it or index again"
+                    raise SampleError(i, message) from None
+                log.warning("%s: %s; trying again in %g s", self.name(i), reason, pause)
+                self.close()  # an open shard may be what is stale
+                time.sleep(pause)
         if len(data) != size or (verify and self.meta["mode"] == "thorough" and zlib.crc32(data) != entry["crc32"]):
             raise SampleError(i, f"{self.name(i)}: changed since it was indexed; restore it or index again")
         return data
@@ -178,8 +196,13 @@ class Manifest:
         then = int(entry["format"]), int(entry["width"]), int(entry["height"])
         return None if tuple(header) == then else f"{self.name(i)}: changed since it was indexed"
 
-    def _row(self, i: int) -> bytes:
-        return self._row_groups.row(self.path(i), int(self.entries["offset"][i]))
+    def _bytes(self, i: int, size: int) -> bytes:
+        if self.kind == "parquet":
+            return self._row_groups.row(self.path(i), int(self.entries["offset"][i]))
+        if self.kind == "tar":
+            shard = self._open.get(self.path(i))  # held: it closes with its last user
+            return os.pread(shard.fd, size, int(self.entries["offset"][i]))
+        return read_file(self.path(i), size + 1)
 
     def close(self) -> None:
         """Close the shards that are open; reading opens them again."""
@@ -277,7 +300,7 @@ class Mixture:
                 *(manifest.entries[c] for c in ("bytes", "height", "width")),
             )
             for column in columns:
-                crc = zlib.crc32(np.ascontiguousarray(column), crc)
+                crc = zlib.crc32(column.tobytes(), crc)
         return f"{crc:08x}"
 
     def _locate(self, i: int) -> tuple[Manifest, int]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from cjepa_fast.distributed import gather_rows, mean_over_ranks, world_size
+from cjepa_fast.distributed import gather_rows, mean_over_ranks
 from cjepa_fast.health import cosine_gap, feature_std, rankme
 from cjepa_fast.step import StepOutput, Terms
 
@@ -37,14 +38,15 @@ class Meter:
         self._steps += 1
         self._waited_ms += wait_ms
 
-    def read(self, out: StepOutput, target: Tensor, *, stop: bool) -> tuple[dict[str, float], bool]:
-        """The interval's figures over all ranks, and whether any rank wants to `stop`. Collective.
+    def read(self, out: StepOutput, target: Tensor, *, flags: Sequence[bool]) -> tuple[dict[str, float], list[bool]]:
+        """The interval's figures over all ranks, and for each of `flags` whether any rank has raised it. Collective.
 
         out, target: results and target indices [B, M, Kt] of the last step, for the cosine gap.
         """
         local_gap = cosine_gap(out.predictions, out.targets, target)
-        host = torch.tensor([self._waited_ms, float(stop)], device=local_gap.device)
-        *sums, gap, waited_ms, stops = mean_over_ranks(torch.cat([self._sums, local_gap[None], host])).tolist()
+        host = torch.tensor([self._waited_ms, *map(float, flags)], device=local_gap.device)
+        means = mean_over_ranks(torch.cat([self._sums, local_gap[None], host])).tolist()
+        *sums, gap, waited_ms = means[: len(means) - len(flags)]
         seconds = time.perf_counter() - self._since
         features = gather_rows(torch.cat(list(self._features)))
         loss, prediction, sim, std, cov = (total / self._steps for total in sums)
@@ -59,4 +61,4 @@ class Meter:
             "cosine_gap": gap,
             "images_per_s": self._steps * self._batch_size / seconds,
             "data_wait_ms": waited_ms / self._steps,
-        }, stops * world_size() > 0
+        }, [mean > 0 for mean in means[len(means) - len(flags) :]]

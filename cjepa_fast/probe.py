@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cjepa_fast.data import center_batches, epoch_order
+from cjepa_fast.data import BadImages, center_batches, epoch_order
 from cjepa_fast.distributed import gather_rows, world_size
 from cjepa_fast.errors import UserError
 from cjepa_fast.health import knn_accuracy
@@ -24,6 +26,7 @@ class Probe:
         queries: labelled images with the same classes, which give the queries; None takes other images of `source`
             (their labels are never trained on, though their pixels are).
         bank_size, query_size: upper limits.
+        on_error: what to do about an image that turned bad, as `data.BadImages` has it.
 
     Raises UserError if there are no labels, or the two sets have different classes.
     """
@@ -31,6 +34,7 @@ class Probe:
     def __init__(
         self, source: Mixture, queries: Mixture | None, *, bank_size: int, query_size: int, image_size: int,
         batch_size: int, device: torch.device, threads: int, rank: int,
+        on_error: Literal["error", "skip"],
     ) -> None:  # fmt: skip
         if source.labels is None:
             raise UserError(f"data.root: the 20-NN probe needs labels, found {source.description}")
@@ -46,6 +50,7 @@ class Probe:
             self._queries = queries
             query_ids = epoch_order(len(queries), seed=_SPLIT_SEED, epoch=0)[:query_size]
         self._source, self._bank_ids, self._query_ids = source, order[:bank_size], query_ids
+        self._bad = {each: BadImages(each, on_error) for each in (self._source, self._queries)}
         self._options = {
             "image_size": image_size, "batch_size": batch_size, "threads": threads, "device": str(device)
         }  # fmt: skip
@@ -68,7 +73,8 @@ class Probe:
         # sharded encoder equally often
         share = -(-len(ids) // world_size())
         mine = np.resize(ids, share * world_size())[self._rank * share : (self._rank + 1) * share]
-        features = torch.cat([encoder(b).float().mean(dim=1) for b in center_batches(source, mine, **self._options)])
+        views = center_batches(source, mine, bad=self._bad[source], **self._options)
+        features = torch.cat([encoder(view).float().mean(dim=1) for view in views])
         assert source.labels is not None
         labels = torch.from_numpy(source.labels[ids]).to(self._device)
         return gather_rows(features)[: len(ids)], labels

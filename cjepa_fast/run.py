@@ -4,6 +4,7 @@ RUN/config.yaml      every setting, resolved
 RUN/metrics.jsonl    one JSON object a line, one line an interval
 RUN/run_state.json   status (running, completed, preempted, failed), last step, last probe
 RUN/checkpoints/     see cjepa_fast.checkpoint
+RUN/index/           the manifests of data.root, see cjepa_fast.index
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from cjepa_fast.errors import UserError
 
-METRICS, STATE, CONFIG, CHECKPOINTS = "metrics.jsonl", "run_state.json", "config.yaml", "checkpoints"
+METRICS, STATE, CONFIG, CHECKPOINTS, INDEX = "metrics.jsonl", "run_state.json", "config.yaml", "checkpoints", "index"
 COLUMNS = {
     "epoch": ".2f", "loss": ".4f", "feature_std": ".3f", "rankme": ".1f", "cosine_gap": ".3f", "knn_top1": ".1%",
     "images_per_s": ",.0f", "data_wait_ms": ".2f",

@@ -28,7 +28,7 @@ from cjepa_fast.losses import Projector
 from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.meter import Meter
 from cjepa_fast.probe import Probe
-from cjepa_fast.run import CHECKPOINTS, RunDirectory, refuse_existing, require_sinks
+from cjepa_fast.run import CHECKPOINTS, INDEX, RunDirectory, refuse_existing, require_sinks
 from cjepa_fast.step import LossWeights, Networks, forward_backward
 
 COLLAPSED = 0.1  # a feature_std under this share of the untrained encoder's is called a collapse
@@ -72,7 +72,10 @@ def train(command: cli.Command, world: config.World) -> int:
     if not root:
         demo = cached_folder(f"demo-{DEMO_VERSION}", write_demo_dataset)
         root, probe_root = (str(demo / "train"),), str(demo / "test")
-    source = index.open_sources(root, mode=c.data.index, max_pixels=c.data.max_pixels)
+    if resume is not None:
+        source = index.reopen_sources(root, resume / INDEX)
+    else:
+        source = index.open_sources(root, mode=c.data.index, max_pixels=c.data.max_pixels)
     queries = None
     if probe_root is not None:
         queries = index.open_sources([probe_root], mode=c.data.index, max_pixels=c.data.max_pixels)
@@ -96,7 +99,7 @@ def train(command: cli.Command, world: config.World) -> int:
         probe = Probe(
             source, queries, bank_size=c.run.probe_bank, query_size=c.run.probe_queries, device=device, rank=world.rank,
             image_size=c.model.image_size, batch_size=max(2, c.optim.batch_size // world.size),
-            threads=c.runtime.data_threads,
+            threads=c.runtime.data_threads, on_error=c.data.on_error,
         )  # fmt: skip
     elif queries is not None:
         raise UserError(f"data.probe_root: given, but data.root has no labels to answer ({source.description})")
@@ -147,16 +150,14 @@ def train(command: cli.Command, world: config.World) -> int:
         else:
             print(probe.description, flush=True)
     first_step, untrained, initial_std = 0, None, None
+    bad = data.BadImages(source, c.data.on_error)
     state = checkpoint.training_state(networks, optimizer)
     if resume is not None:
         first_step, extra = checkpoint.load(directory / CHECKPOINTS, state)
-        untrained, initial_std = extra["untrained"], extra["initial_std"]
+        untrained, initial_std, skipped = extra["untrained"], extra["initial_std"], extra["skipped"]
         if extra["data"] != source.fingerprint:
-            found, before = len(source), extra["images"]
-            others = (
-                f"{found:,} images, the run began with {before:,}" if found != before else "other images than it did"
-            )
-            raise UserError(f"data.root: {' '.join(root)}: holds {others}; restore them, or start a new run")
+            raise UserError(f"data.root: {' '.join(root)}: the run began with other weights or images; restore them")
+        bad.add(skipped)
         if first_step == steps:
             raise UserError(f"--resume {resume}: the run is complete, all of its {steps} steps are done")
     elif probe is not None:
@@ -167,7 +168,9 @@ def train(command: cli.Command, world: config.World) -> int:
             directory, config_yaml=None if resume is not None else config.to_yaml(c), resume_step=first_step,
             total_steps=steps, tensorboard=c.run.tensorboard, wandb_project=c.run.wandb,
         )  # fmt: skip
-        records.state("running", first_step, untrained=untrained)
+        if resume is None:
+            index.save_sources(source, directory / INDEX)
+        records.state("running", first_step, untrained=untrained, skipped_images=len(bad.ids))
         records.say(f"run directory: {directory}")
         if untrained is not None:
             records.say(f"20-NN top-1 of the untrained encoder: {untrained:.1%}")
@@ -175,11 +178,12 @@ def train(command: cli.Command, world: config.World) -> int:
         source, batch_size=c.optim.batch_size, rank=world.rank, world_size=world.size, image_size=c.model.image_size,
         seed=c.seed, first_step=first_step, last_step=steps, crop_scale=c.data.crop_scale, crop_ratio=c.data.crop_ratio,
         hflip=c.data.hflip, device=str(device), threads=c.runtime.data_threads, prefetch=c.runtime.prefetch,
+        bad=bad,
     )  # fmt: skip
 
     # The loop. Nothing in it waits for the device except at the log interval.
     interrupted, meter = InterruptFlag(), Meter(c.optim.batch_size, device)
-    accuracy, status, done = None, "completed", first_step
+    accuracy, status, done, skipped = None, "completed", first_step, bad.ids
     for step, batch in enumerate(batches, start=first_step):
         masks = sampler.sample(step, batch.ids)
         context, target = (to_device(indices, device) for indices in (masks.context, masks.target))
@@ -199,10 +203,13 @@ def train(command: cli.Command, world: config.World) -> int:
             continue
         # a checkpoint ends an interval, so that a resumed run writes the same lines
         sampler.verify()
-        figures, stop = meter.read(out, target, stop=interrupted.is_set)
+        figures, (stop, new_bad) = meter.read(out, target, flags=(interrupted.is_set, bad.ids != skipped))
+        if new_bad:
+            bad.add(skipped := distributed.union_over_ranks(bad.ids))
         values: dict[str, Any] = {
             "step": done, "epoch": done / steps_per_epoch, "lr": schedule.lr[step],
             "weight_decay": schedule.weight_decay[step], "ema": schedule.ema[step], **figures,
+            "skipped_images": len(skipped),
         }  # fmt: skip
         if not math.isfinite(figures["loss"]):
             status = "failed"
@@ -223,12 +230,12 @@ def train(command: cli.Command, world: config.World) -> int:
             checkpoint.save(
                 directory / CHECKPOINTS, done, state, keep=c.run.keep_checkpoints,
                 extra={
-                    "untrained": untrained, "initial_std": initial_std, "images": len(source),
-                    "data": source.fingerprint,
+                    "untrained": untrained, "initial_std": initial_std, "data": source.fingerprint,
+                    "skipped": sorted(skipped),
                 },
             )  # fmt: skip
             if records is not None:
-                records.state("running", done, untrained=untrained, knn_top1=accuracy)
+                records.state("running", done, untrained=untrained, knn_top1=accuracy, skipped_images=len(skipped))
         if status == "preempted":
             break
         meter.restart()
@@ -236,7 +243,7 @@ def train(command: cli.Command, world: config.World) -> int:
 
     # What came of it.
     if records is not None:
-        records.state(status, done, untrained=untrained, knn_top1=accuracy)
+        records.state(status, done, untrained=untrained, knn_top1=accuracy, skipped_images=len(skipped))
         if status == "failed":
             records.say(f"error: the loss is not finite at step {done}; lower optim.lr in a new run")
         elif status == "preempted":

@@ -301,7 +301,7 @@ def test_flag_spellings() -> None:
         ("", "a b", ("a b",)),
         ("", "[]", ()),
         ("--data.root c d=0.5 --seed 1", "[a, b]", ("c", "d=0.5")),
-        ("--data.root c --data.hflip --data.root=d=0.5 e", "a", ("c", "d=0.5", "e")),
+        ("--data.root c --data.hflip --data.root=d=0.5 e", "a", ("d=0.5", "e")),
     ],
 )
 def test_several_roots(flags: str, yaml: str, root: tuple[str, ...], tmp_path: Path) -> None:

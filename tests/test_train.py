@@ -253,10 +253,70 @@ def test_roots_are_mixed_and_resume_knows_them(
 
     shutil.rmtree(out / "checkpoints" / "step-00000014")
     assert main(["--resume", str(out), "--data.root", roots[0], f"{images / 'cat'}=0.6"]) == 2
-    assert "holds other images than it did; restore them" in capsys.readouterr().err
+    assert "the run began with other weights or images; restore them" in capsys.readouterr().err
+    assert main(["--resume", str(out), "--data.root", f"{images}=2", roots[1]]) == 2
+    assert f"{images}: is a folder, the run began with a tar" in capsys.readouterr().err
+    kept = (out / "index" / "1").read_bytes()
+    (out / "index" / "1").write_bytes(kept[:-9])
+    assert main(["--resume", str(out)]) == 2
+    assert (
+        f"{out / 'index' / '1'}: the run's index of {images / 'cat'}: is damaged; restore it" in capsys.readouterr().err
+    )
+    (out / "index" / "1").write_bytes(kept)
     shards.rename(tmp_path / "moved")
     assert main(["--resume", str(out), "--data.root", f"{tmp_path / 'moved'}=2", roots[1]]) == 0
     assert without_clocks(metrics(out)) == lines
+
+
+def spoil(image: Path) -> None:
+    """In place and of the same length, so that no index notices."""
+    image.write_bytes(b"<html>" + image.read_bytes()[6:])
+
+
+def test_a_bad_image_ends_the_run_or_is_skipped(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    flat, out = tmp_path / "flat", tmp_path / "run"
+    shutil.copytree(images / "cat", flat)
+    arguments = [*SMALL, "--data.root", str(flat), "--run.checkpoint-every", "3"]
+    assert main([*arguments, "--check"]) == 0
+    victim = flat / "7.jpg"
+    spoil(victim)
+    assert main([*arguments, "--run.dir", str(tmp_path / "strict")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {victim}: starts with b'<html>JF'") and error.count("\n") == 1
+    assert "data.on_error skip" in error
+
+    caplog.clear()
+    lines = run(flat, out, *arguments[-2:], "--data.on-error", "skip")
+    assert f"skipped from now on: {victim}" in caplog.text
+    assert [line["skipped_images"] for line in lines][-9:] == [1] * 9  # met within the first epoch, of 2 steps
+    assert json.loads((out / "run_state.json").read_text())["skipped_images"] == 1
+    ours = tensors(out / "checkpoints" / "step-00000012", tmp_path / "a.pt")
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    victim.unlink()  # which changes the folder: the run goes on with its own index
+    caplog.clear()
+    assert main(["--resume", str(out)]) == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]  # it is not met again
+    assert without_clocks(metrics(out)) == without_clocks(lines)
+    again = tensors(out / "checkpoints" / "step-00000012", tmp_path / "b.pt")
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_processes_skip_the_same_images(images: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(images, data)
+    more = ["--data.root", str(data), "--data.on-error", "skip"]
+    assert main([*SMALL, *more, "--check"]) == 0
+    spoil(data / "dog" / "3.jpg")
+    alone = run(images, tmp_path / "alone", *more)
+    done = torchrun(2, *SMALL, *more, "--run.dir", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    together = metrics(tmp_path / "two")
+    assert alone[-1]["skipped_images"] == together[-1]["skipped_images"] == 1
+    for a, b in zip(alone, together, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    assert together[-1]["knn_top1"] == alone[-1]["knn_top1"]
 
 
 def test_check_prints_and_leaves(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
