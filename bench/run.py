@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in arguments.names:
         start = time.monotonic()
         if not arguments.no_gate and (said := passes_tests(name, min(_GATE_S, arguments.seconds))):
-            print(f"{said}\n{name}: its tests fail, so it is not timed", file=sys.stderr)
+            print(f"{said}\n{name}: its tests have not passed, so it is not timed", file=sys.stderr)
             good = False
             continue
         stamp = {
