@@ -149,8 +149,9 @@ def _ensure(root: str, *, mode: Mode, max_pixels: int, pool: Executor) -> Manife
         manifest, why = _cached(out)  # another process may have written it meanwhile
         if manifest is not None and (fault := staleness(manifest)) is None:
             return manifest
+        source = find_source(root)  # before a word is said: bad input is one line
         log.info("indexing %s%s", printable(root), f": {fault if manifest else why}" if manifest or why else "")
-        manifest, rejected = build(find_source(root), mode=mode, max_pixels=max_pixels, pool=pool)
+        manifest, rejected = build(source, mode=mode, max_pixels=max_pixels, pool=pool)
         report = out.with_name("bad_samples.jsonl")
         write_report(report, rejected)
         manifest.save(out)
