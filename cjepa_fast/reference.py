@@ -103,9 +103,14 @@ def predictor(state: State, context: Tensor, context_indices: Tensor, target_ind
     return torch.stack(out, dim=1)
 
 
-def prediction_loss(predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1") -> Tensor:
+def prediction_loss(
+    predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1",
+    offsets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `cjepa_fast.losses.prediction_loss`."""
     normed = F.layer_norm(targets, targets.shape[-1:])
+    if offsets is not None:
+        normed = [normed[a:b] for a, b in itertools.pairwise(offsets.tolist())]
     chosen = torch.stack([rows[kept] for rows, kept in zip(normed, target_indices, strict=True)])
     if kind == "smooth_l1":
         return F.smooth_l1_loss(predictions, chosen)

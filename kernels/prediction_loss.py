@@ -1,6 +1,6 @@
 """I-JEPA's prediction loss: target layer norm, gather, distance and its derivative in one pass over memory.
 
-    y_r = (t_r - mean t_r) / sqrt(var t_r + 1e-5),  t_r = targets[image of r, indices[r]],  d_r = p_r - y_r
+    y_r = (t_r - mean t_r) / sqrt(var t_r + 1e-5),  t_r = targets[start of r's image + indices[r]],  d_r = p_r - y_r
     smooth L1:  loss = mean_rj h(d_rj),         h(d) = d^2 / 2 if |d| < 1 else |d| - 1/2,
                 dloss/dp = clamp(d, -1, 1) / (B M K D)
     L2:         loss = sum_rj d_rj^2 / (B M),   dloss/dp = 2 d / (B M)
@@ -35,17 +35,19 @@ def _normalise(x, mask, D: tl.constexpr):
 
 
 # sizes that change with the mask shape must not make new variants of the kernel
-@triton.jit(do_not_specialize=["rows", "rows_per_image", "patches"])
+@triton.jit(do_not_specialize=["rows", "rows_per_image", "patches", "target_rows"])
 def _fwd_kernel(
     predictions,  # [rows, D]
-    targets,  # [images, patches, D]
+    targets,  # [target_rows, D]
     indices,  # [rows] integer
+    offsets,  # [images + 1] int32: the images' rows of `targets`, or None: `patches` rows each
     partials,  # [programs] fp32: the programs' shares of the loss
     residuals,  # [rows, D] in the predictions' dtype, or None
     scale,  # fp32: 1 / (B M K D) or 1 / (B M)
     rows,
     rows_per_image,
     patches,
+    target_rows,
     D: tl.constexpr,
     SMOOTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -57,8 +59,16 @@ def _fwd_kernel(
     o_d = tl.arange(0, BLOCK_D)[None, :]  # [1, BD]
     m_r = o_r < rows
     b_index = tl.load(indices + o_r, mask=m_r, other=0).to(tl.int64)
-    m_known = ((b_index >= 0) & (b_index < patches))[:, None]
-    o_t = (o_r // rows_per_image) * patches + b_index
+    b_image = o_r // rows_per_image
+    if offsets is None:
+        b_start = b_image * patches
+        b_count = patches
+    else:
+        b_start = tl.load(offsets + b_image, mask=m_r, other=0).to(tl.int64)
+        b_count = tl.load(offsets + b_image + 1, mask=m_r, other=0) - b_start
+    o_t = b_start + b_index
+    m_known = (b_index >= 0) & (b_index < b_count) & (o_t >= 0) & (o_t < target_rows)  # whatever the offsets hold
+    m_known = (m_known | (o_r >= rows))[:, None]
     m_d = o_d < D
     mask = m_r[:, None] & m_d
 
@@ -94,12 +104,18 @@ def _bwd_kernel(
     tl.store(grads + o_n, b_grad.to(grads.dtype.element_ty), mask=mask)
 
 
-def fwd(predictions: Tensor, targets: Tensor, indices: Tensor, kind: str, with_residual: bool) -> tuple[Tensor, Tensor]:
-    """The loss [] fp32 and the residual [B, M, K, D] (of no element if not asked for); arguments are contiguous."""
+def fwd(
+    predictions: Tensor, targets: Tensor, indices: Tensor, offsets: Tensor | None, kind: str, with_residual: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss [] fp32 and the residual [B, M, K, D] (of no element if not asked for); arguments are contiguous.
+
+    Targets are [B, N, D], or with offsets [B + 1] packed [T, D].
+    """
     batch, blocks, length, width = predictions.shape
-    assert targets.shape[0] == batch and targets.shape[2] == width <= MAX_WIDTH
+    assert targets.shape[-1] == width <= MAX_WIDTH
+    assert targets.shape[0] == batch if offsets is None else offsets.shape == (batch + 1,)
     assert indices.shape == (batch, blocks, length)
-    assert predictions.is_contiguous() and targets.is_contiguous() and indices.is_contiguous()
+    assert all(x is None or x.is_contiguous() for x in (predictions, targets, indices, offsets))
     residual = torch.empty_like(predictions) if with_residual else predictions.new_empty(0)
     divisor = _divisor(predictions, kind)
     if predictions.numel() == 0:  # the mean of nothing is NaN, as in torch
@@ -111,8 +127,8 @@ def fwd(predictions: Tensor, targets: Tensor, indices: Tensor, kind: str, with_r
     partials = torch.empty(programs, dtype=torch.float32, device=predictions.device)
     with torch.cuda.device_of(predictions):
         _fwd_kernel[(programs,)](
-            predictions, targets, indices, partials, residual if with_residual else None, 1 / divisor,
-            rows, blocks * length, targets.shape[1], **tile,
+            predictions, targets, indices, offsets, partials, residual if with_residual else None, 1 / divisor,
+            rows, blocks * length, targets.shape[-2], targets.shape[:-1].numel(), **tile,
         )  # fmt: skip
     return partials.sum(), residual
 
@@ -147,25 +163,31 @@ BWD_TILE: dict[str, Any] = {"BLOCK": 2048, "num_warps": 4}
 def _aot() -> list[dict[str, Any]]:
     """The shipped tiles, for ahead-of-time compilation; ":16" marks arguments known to be multiples of 16."""
     tiles: list[dict[str, Any]] = []
-    for dtype, index, width, kind, residual in [
-        *(("bf16", "i16", width, "smooth_l1", True) for width in (96, 192, 384, 768, 1024, 1280, 1408)),
-        ("bf16", "i64", 1408, "smooth_l1", False),
-        ("bf16", "i16", 1408, "l2", True),
-        ("fp16", "i32", 1408, "smooth_l1", True),
-        ("fp32", "i64", 1408, "smooth_l1", True),
-        ("fp32", "i64", MAX_WIDTH, "l2", True),
+    for dtype, index, width, kind, residual, packed in [
+        *(("bf16", "i16", width, "smooth_l1", True, False) for width in (96, 192, 384, 768, 1024, 1280, 1408)),
+        ("bf16", "i64", 1408, "smooth_l1", False, False),
+        ("bf16", "i16", 1408, "l2", True, False),
+        ("fp16", "i32", 1408, "smooth_l1", True, False),
+        ("fp32", "i64", 1408, "smooth_l1", True, False),
+        ("fp32", "i64", MAX_WIDTH, "l2", True, False),
+        *(("bf16", "i16", width, "smooth_l1", True, True) for width in (384, 1408)),
+        ("fp32", "i16", MAX_WIDTH, "l2", True, True),
     ]:
         pointer = f"*{dtype}:16"
         signature: dict[str, str] = {
             "predictions": pointer, "targets": pointer, "indices": f"*{index}:16", "partials": "*fp32:16",
-            "scale": "fp32", "rows": "i32", "rows_per_image": "i32", "patches": "i32",
+            "scale": "fp32", **dict.fromkeys(("rows", "rows_per_image", "patches", "target_rows"), "i32"),
         }  # fmt: skip
         constants: dict[str, Any] = {"D": width, "SMOOTH": kind == "smooth_l1", **_fwd_tile(width)}
         if residual:
             signature["residuals"] = pointer
         else:
             constants["residuals"] = None
-        name = f"fwd {kind} {dtype} {index} D={width}" + ("" if residual else ", no grad")
+        if packed:
+            signature["offsets"] = "*i32:16"
+        else:
+            constants["offsets"] = None
+        name = f"fwd {kind} {dtype} {index} D={width}{' packed' * packed}" + ("" if residual else ", no grad")
         tiles.append(dict(name=name, kernel=_fwd_kernel, signature=signature, constants=constants))
     for dtype in ("bf16", "fp16", "fp32"):
         pointer = f"*{dtype}:16"

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import losses, ops, reference
 from cjepa_fast.errors import UserError
+from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.ops import _choice
 from cjepa_fast.ops import _prediction_loss as door
 from oracle import assert_no_worse
@@ -42,17 +43,28 @@ def inputs(
     return predictions.to(DEVICE), targets.to(DEVICE), indices.to(DEVICE)
 
 
+def packed_inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `inputs`, but images have 1 to N targets, which lie one after the other, NaN behind them; and offsets."""
+    predictions, targets, indices = inputs(shape)
+    lengths = torch.arange(shape[0], device=DEVICE) * 5 % shape[-1] + 1
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    targets = targets.flatten(0, 1)
+    targets[int(offsets[-1]) :] = float("nan")
+    return predictions, targets, (indices % lengths[:, None, None]).short(), offsets
+
+
 def closures(
-    targets: Tensor, indices: Tensor, kind: str, dtype: torch.dtype
+    targets: Tensor, indices: Tensor, kind: str, dtype: torch.dtype, offsets: Tensor | None = None
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """The kernel and the reference as functions of the predictions that return their dtype."""
     rounded = targets.to(dtype)
 
     def fused(predictions: Tensor) -> Tensor:
-        return ops.prediction_loss(predictions, rounded, indices, kind, impl="triton").to(predictions.dtype)
+        loss = ops.prediction_loss(predictions, rounded, indices, kind, offsets=offsets, impl="triton")
+        return loss.to(predictions.dtype)
 
     def plain(predictions: Tensor) -> Tensor:
-        return reference.prediction_loss(predictions, rounded.to(predictions.dtype), indices.long(), kind)
+        return reference.prediction_loss(predictions, rounded.to(predictions.dtype), indices.long(), kind, offsets)
 
     return fused, plain
 
@@ -63,6 +75,38 @@ def closures(
 def test_kernel_is_no_worse_than_torch(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
     predictions, targets, indices = inputs(shape)
     assert_no_worse(*closures(targets, indices, kind, dtype), [predictions], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_targets_are_no_worse_than_torch(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+    predictions, targets, indices, offsets = packed_inputs(shape)
+    assert_no_worse(*closures(targets, indices, kind, dtype, offsets), [predictions], dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_union_of_the_masks_gives_the_loss_of_all_targets(impl: str, kind: str) -> None:
+    """Bit for bit: the same rows from another place."""
+    masks = MultiBlockSampler(14).sample(0, range(3), union=True)
+    target, union, offsets, slots = (
+        x.to(DEVICE) for x in (masks.target, masks.union, masks.union_offsets, masks.target_slot)
+    )
+    generator = torch.Generator().manual_seed(0)
+    predictions = torch.randn(*target.shape, 40, generator=generator).to(DEVICE)
+    targets = torch.randn(3, 196, 40, generator=generator).to(DEVICE)
+    image_of = torch.arange(3, device=DEVICE).repeat_interleave(offsets.diff())
+    packed = torch.full((len(union), 40), float("nan"), device=DEVICE)
+    packed[: int(offsets[-1])] = targets[image_of, union[: int(offsets[-1])].long()]
+
+    def loss_and_grad(targets: Tensor, indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+        leaf = predictions.clone().requires_grad_()
+        loss = losses.prediction_loss(leaf, targets, indices, kind, offsets=offsets, impl=impl)
+        return loss, torch.autograd.grad(loss * 0.3, leaf)[0]
+
+    expected, actual = loss_and_grad(targets, target, None), loss_and_grad(packed, slots, offsets)
+    assert expected[0].isfinite() and torch.equal(expected[0], actual[0]) and torch.equal(expected[1], actual[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,6 +177,33 @@ def test_index_outside_the_image_is_loud(bad: int) -> None:
     assert loss.isnan()
     (grad,) = torch.autograd.grad(loss, predictions)
     assert grad[1, 1, 1].isnan().all() and grad[0].isfinite().all()
+    if DEVICE == "cpu":
+        with pytest.raises(IndexError):
+            ops.prediction_loss(predictions, targets, indices, impl="eager")
+
+
+@pytest.mark.parametrize("image, bad", [(0, -1), (1, -1), (0, 1), (2, 11)])
+def test_slot_of_another_image_is_loud(image: int, bad: int) -> None:
+    """Before the image's first target or behind its last, also where the neighbour has a target."""
+    predictions, targets, indices, offsets = packed_inputs(SHAPES[2])
+    assert offsets.tolist() == [0, 1, 7, 18] and ops.prediction_loss(
+        predictions, targets, indices, offsets=offsets, impl="triton"
+    ).isfinite()  # fmt: skip
+    indices[image, 1, 1] = bad
+    predictions.requires_grad_()
+    loss = ops.prediction_loss(predictions, targets, indices, offsets=offsets, impl="triton")
+    (grad,) = torch.autograd.grad(loss, predictions)
+    assert loss.isnan() and grad[image, 1, 1].isnan().all() and grad.isnan().any(-1).sum() == 1
+    if DEVICE == "cpu":
+        with pytest.raises(IndexError):
+            ops.prediction_loss(predictions, targets, indices, offsets=offsets, impl="eager")
+
+
+@pytest.mark.parametrize("shift", [-100, 10**6])
+def test_offsets_beyond_the_targets_are_loud(shift: int) -> None:
+    """Nonsense on the device cannot be refused without waiting for it, but must not read other memory."""
+    predictions, targets, indices, offsets = packed_inputs(SHAPES[1])
+    assert ops.prediction_loss(predictions, targets, indices, offsets=offsets + shift, impl="triton").isnan()
 
 
 def test_nan_reaches_loss_and_gradient() -> None:
@@ -189,16 +260,21 @@ def test_fp16_gradient_survives_a_small_divisor() -> None:
 def test_registration(kind: str, with_residual: bool) -> None:
     predictions, targets, indices = inputs((2, 2, 3, 24, 9))
     predictions.requires_grad_(with_residual)
-    torch.library.opcheck(door._prediction_loss, (predictions, targets, indices, kind, with_residual))
+    torch.library.opcheck(door._prediction_loss, (predictions, targets, indices, None, kind, with_residual))
+    predictions, targets, indices, offsets = packed_inputs((2, 2, 3, 24, 9))
+    predictions.requires_grad_(with_residual)
+    torch.library.opcheck(door._prediction_loss, (predictions, targets, indices, offsets, kind, with_residual))
     upstream = torch.tensor(0.7, device=DEVICE)
     torch.library.opcheck(door._prediction_loss_backward, (upstream, predictions.detach(), kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("impl", ["eager", "triton"])
-def test_compiled_whole_graph(impl: str, kind: str) -> None:
+def test_compiled_whole_graph(impl: str, packed: bool, kind: str) -> None:
     """Without graph break, forward and backward equal the uncompiled function; the choice is made while tracing."""
-    predictions, targets, indices = inputs(SHAPES[1])
+    predictions, targets, indices, *rest = (packed_inputs if packed else inputs)(SHAPES[1])
+    keywords = {"offsets": rest[0]} if packed else {}
 
     def run(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         leaf = predictions.clone().requires_grad_()
@@ -206,7 +282,7 @@ def test_compiled_whole_graph(impl: str, kind: str) -> None:
         return loss, torch.autograd.grad(0.3 * loss, leaf)[0]
 
     def loss(x: Tensor) -> Tensor:
-        return ops.prediction_loss(x * 1.5, targets, indices, kind, impl=impl)
+        return ops.prediction_loss(x * 1.5, targets, indices, kind, impl=impl, **keywords)
 
     for expected, actual in zip(run(loss), run(torch.compile(loss, fullgraph=True, backend="aot_eager")), strict=True):
         assert torch.equal(expected, actual)
@@ -229,6 +305,12 @@ def test_eager_in_fp64_is_the_reference() -> None:
     for kind in KINDS:
         actual = losses.prediction_loss(predictions, targets, indices, kind)
         torch.testing.assert_close(actual, reference.prediction_loss(predictions, targets, indices, kind))
+    predictions, targets, indices, offsets = packed_inputs(SHAPES[2])
+    predictions, targets = predictions.double(), targets.double()
+    for kind in KINDS:
+        actual = losses.prediction_loss(predictions, targets, indices, kind, offsets=offsets)
+        expected = reference.prediction_loss(predictions, targets, indices.long(), kind, offsets)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_impl_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +337,13 @@ def test_shapes_that_do_not_match_are_refused() -> None:
     for wrong_targets, wrong_indices in cases:
         with pytest.raises(ValueError, match=r"predictions \(2, 3, 7, 192\) want"):
             ops.prediction_loss(predictions, wrong_targets, wrong_indices)
+    predictions, targets, indices, offsets = packed_inputs(SHAPES[1])
+    for wrong_targets in (targets[..., 1:], targets[None]):
+        with pytest.raises(ValueError, match=r"want targets \[T, 192\] with offsets and indices"):
+            ops.prediction_loss(predictions, wrong_targets, indices, offsets=offsets)
+    for wrong_offsets in (offsets[1:], offsets.long()):
+        with pytest.raises(ValueError, match=r"offsets are torch\.int.* want torch\.int32 \(3,\)"):
+            ops.prediction_loss(predictions, targets, indices, offsets=wrong_offsets)
 
 
 def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

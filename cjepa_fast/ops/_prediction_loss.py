@@ -13,18 +13,22 @@ from cjepa_fast.ops._choice import choose
 
 
 def prediction_loss(
-    predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1", *, impl: str = "auto"
+    predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1", *,
+    offsets: Tensor | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
     """I-JEPA's loss between predicted and layer-normed actual embeddings: see `cjepa_fast.losses.prediction_loss`.
 
-    The targets are constants: no gradient reaches them. An index outside [0, N) is an error of the eager
+    The targets are constants: no gradient reaches them. An index outside its image's rows is an error of the eager
     implementation and makes the loss NaN in the Triton one.
 
     Args:
         predictions: [B, M, K, D], any strides.
-        targets: [B, N, D].
-        target_indices: integer [B, M, K].
+        targets: [B, N, D]; packed [T, D].
+        target_indices: integer [B, M, K], rows of the image's targets.
         kind: "smooth_l1" or "l2".
+        offsets: int32 [B + 1], packed targets: those of image b are rows offsets[b] to offsets[b + 1], with
+            offsets[0] = 0, and target_indices count from offsets[b]. Rows from offsets[B] on are padding. (Of a mask
+            sampler's `union`: `union_offsets` and `target_slot`.)
         impl: see above. The Triton kernel takes fp32, bf16 and fp16, D <= 4096, and is deterministic.
 
     Returns a scalar fp32 (fp64 if the predictions are fp64, which only the eager implementation takes).
@@ -33,31 +37,43 @@ def prediction_loss(
     """
     assert kind in ("smooth_l1", "l2"), kind
     batch, blocks, length, width = predictions.shape
-    matching = targets.ndim == 3 and targets.shape[::2] == (batch, width)
-    if not matching or target_indices.shape != (batch, blocks, length):
+    rows = (batch, *targets.shape[1:2]) if offsets is None else targets.shape[:1]
+    if targets.shape != (*rows, width) or target_indices.shape != (batch, blocks, length):
+        wanted = f"[{batch}, N, {width}]" if offsets is None else f"[T, {width}] with offsets"
         raise ValueError(
-            f"predictions {tuple(predictions.shape)} want targets [{batch}, N, {width}] and indices "
+            f"predictions {tuple(predictions.shape)} want targets {wanted} and indices "
             f"{(batch, blocks, length)}, got {tuple(targets.shape)} and {tuple(target_indices.shape)}"
         )
+    if offsets is not None and (offsets.shape != (batch + 1,) or offsets.dtype != torch.int32):
+        raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, want torch.int32 ({batch + 1},)")
     unsupported = None
     if not {predictions.dtype, targets.dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
         unsupported = f"dtypes {predictions.dtype}, {targets.dtype} are not fp32, bf16 or fp16"
     elif width > 4096:
         unsupported = "rows are wider than 4096"
     if choose("prediction_loss", impl, predictions.device.type, unsupported) == "eager":
-        return _prediction_loss_eager(predictions, targets, target_indices, kind)
+        return _prediction_loss_eager(predictions, targets, target_indices, offsets, kind)
     with_residual = predictions.requires_grad and torch.is_grad_enabled()
     loss, _ = _prediction_loss(
-        predictions.contiguous(), targets.detach().contiguous(), target_indices.contiguous(), kind, with_residual
+        predictions.contiguous(), targets.detach().contiguous(), target_indices.contiguous(),
+        None if offsets is None else offsets.contiguous(), kind, with_residual,
     )  # fmt: skip
     return loss
 
 
-def _prediction_loss_eager(predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str) -> Tensor:
+def _prediction_loss_eager(
+    predictions: Tensor, targets: Tensor, target_indices: Tensor, offsets: Tensor | None, kind: str
+) -> Tensor:  # fmt: skip
     precise = torch.promote_types(predictions.dtype, torch.float32)
-    normed = F.layer_norm(targets.detach().to(precise), targets.shape[-1:])
-    images = torch.arange(targets.shape[0], device=targets.device)[:, None, None]
-    chosen = normed[images, target_indices.long()]
+    normed = F.layer_norm(targets.detach().to(precise), targets.shape[-1:]).flatten(0, -2)
+    if offsets is None:
+        counts = targets.shape[1]
+        starts = counts * torch.arange(targets.shape[0], device=targets.device)[:, None, None]
+    else:
+        starts, counts = (x[:, None, None] for x in (offsets[:-1], offsets.diff()))
+    # unlike [], an embedding does not take rows from the end; a wrong index is sent behind the last
+    known = (target_indices >= 0) & (target_indices < counts)
+    chosen = F.embedding(torch.where(known, starts + target_indices.long(), normed.shape[0]), normed)
     if kind == "smooth_l1":
         return F.smooth_l1_loss(predictions.to(precise), chosen)
     blocks = predictions.shape[0] * predictions.shape[1]
@@ -66,16 +82,16 @@ def _prediction_loss_eager(predictions: Tensor, targets: Tensor, target_indices:
 
 @torch.library.custom_op("cjepa::prediction_loss", mutates_args=())
 def _prediction_loss(
-    predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str, with_residual: bool
+    predictions: Tensor, targets: Tensor, target_indices: Tensor, offsets: Tensor | None, kind: str, with_residual: bool
 ) -> tuple[Tensor, Tensor]:
     from cjepa_fast.kernels import prediction_loss as kernel
 
-    return kernel.fwd(predictions, targets, target_indices, kind, with_residual)
+    return kernel.fwd(predictions, targets, target_indices, offsets, kind, with_residual)
 
 
 @_prediction_loss.register_fake
 def _(
-    predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str, with_residual: bool
+    predictions: Tensor, targets: Tensor, target_indices: Tensor, offsets: Tensor | None, kind: str, with_residual: bool
 ) -> tuple[Tensor, Tensor]:
     residual = torch.empty_like(predictions) if with_residual else predictions.new_empty(0)
     return predictions.new_empty((), dtype=torch.float32), residual
@@ -102,7 +118,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     (residual,) = ctx.saved_tensors
-    return _prediction_loss_backward(upstream, residual, ctx.kind), None, None, None, None
+    return _prediction_loss_backward(upstream, residual, ctx.kind), None, None, None, None, None
 
 
 _prediction_loss.register_autograd(_differentiate, setup_context=_save)
