@@ -40,6 +40,8 @@ class ModelConfig:
     """Width of the predictor."""
     predictor_heads: int | None = None
     """Attention heads of the predictor; None takes the encoder's number."""
+    predictor_context: Literal["per_target", "shared"] = "per_target"
+    """per_target as published; shared passes the context once, blind to the targets: faster, another model."""
     depth_rescale_init: bool = False
     """Divide the initial residual projections of block l by sqrt(2 l); I-JEPA means to, but undoes it."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -166,6 +168,12 @@ class RuntimeConfig:
     """Implementation of attention; auto takes what was measured to be fastest on this GPU, else sdpa."""
     masks: Literal["auto", "native", "numpy", "cuda"] = "auto"
     """Sampler of the masks: auto takes C++ (native) or, without it, NumPy; cuda samples on the GPU."""
+    predictor_targets_only: bool = True
+    """The last predictor block computes target rows only: what nothing is made of is left out, exactly."""
+    predictor_shared_start: bool = True
+    """The first predictor block projects each context row and position once, not once a target block: exact."""
+    target_union_only: bool = True
+    """The last target block computes rows that are some target only, except where health figures read all: exact."""
     accumulate: int = 1
     """Parts into which each process cuts its batch to save memory; batch statistics stay global."""
     fsdp_blocks: int = 4
@@ -176,6 +184,8 @@ class RuntimeConfig:
     """Batches prepared ahead of the step."""
     cpu_threads: int | None = None
     """Threads of torch on the CPU; None leaves torch's choice."""
+    keep_memory: bool = True
+    """On a CPU, keep freed memory for the next step instead of giving it back to the system: saves page faults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,7 +409,6 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         int(patches * mask.target_scale[0]) >= 1,
         f"leaves no patch of the {patches} to predict; raise it, or use a smaller model.patch_size",
     )
-    yield "mask.mode", mask.mode != "packed", "cannot be trained yet, only sampled; use 'fixed'"
     yield (
         "mask.mode",
         mask.mode not in ("block", "random") or not loss.vicreg_weight or loss.vicreg_views != "target_blocks",

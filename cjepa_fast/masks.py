@@ -25,7 +25,9 @@ _CONTEXT_ASPECT = (1.0, 1.0)
 _TAIL = 128  # Kc is the 1/128 quantile of the raw count: what the released per-GPU batch of 128 leaves
 _SIMULATED = 4096
 _SIMULATED_SEED = 2**64 - 1  # of no training run
-_DEVIATIONS = 5  # exceeded in less than one step in a million, the distributions' skewness included
+# a batch's total length exceeds its mean by that much in less than one step in a million, the distributions' skewness
+# included; for unions, whose cut would hand the loss wrong targets, in none of any run
+_DEVIATIONS = {"cap": 5, "union_cap": 8}
 _CHUNK = 256  # steps whose sizes are drawn at once
 
 MODES = tuple(mode.name.lower() for mode in Mode)
@@ -46,6 +48,16 @@ class Masks(NamedTuple):
     union: torch.Tensor | None = None  # [union_cap], patches of any target, image after image, then -1
     union_offsets: torch.Tensor | None = None  # int32 [B + 1], where each image's union begins, and the end
     target_slot: torch.Tensor | None = None  # [B, M, Kt], slot of each target patch in the union
+
+    def to(self, device: torch.device) -> Masks:
+        """Copies CPU tensors; to a GPU from pinned memory, the only kind the host need not wait for."""
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            if device.type == "cpu" or tensor.device == device:
+                return tensor
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return Masks(*(None if tensor is None else copy(tensor) for tensor in self))  # pyright: ignore[reportArgumentType]
 
 
 def _area(word: int, patches: int, scale: Range) -> int:
@@ -333,7 +345,7 @@ class MultiBlockSampler:
                     lengths = _union_lengths(self._simulator, spec._replace(union_cap=_SIMULATED * covered))
                 # of the total, and of the simulated mean that stands for the true one
                 deviation = float(lengths.std()) * math.sqrt(batch_size + batch_size**2 / _SIMULATED)
-                room = max(room, batch_size * float(lengths.mean()) + _DEVIATIONS * deviation)
+                room = max(room, batch_size * float(lengths.mean()) + _DEVIATIONS[kind] * deviation)
             self._rooms[key] = min(math.ceil(room / 16) * 16, most)
         return self._rooms[key]
 
@@ -341,8 +353,9 @@ class MultiBlockSampler:
         """What the masks of `batch_size` ids at `step` depend on, apart from the ids.
 
         It holds the room for the contexts of packed mode and, if asked for, for the unions: a constant for each block
-        size and batch size, five standard deviations above the mean total. In the one step in a million where that is
-        not enough, the last patches of the batch are left out and the offsets end at the room.
+        size and batch size, five (unions: eight) standard deviations above the mean total. In the one step in a million
+        where that is not enough for contexts, the last patches of the batch are left out and the offsets end at the
+        room.
         """
         batch_size = _check_int("batch_size", batch_size, 1, _WORD)
         target, context = self.block_sizes(step)
@@ -381,6 +394,20 @@ class MultiBlockSampler:
             torch.from_numpy(target),
             *(None if array is None else torch.from_numpy(array) for array in maps),
         )
+
+    def sample_parts(
+        self, step: int, sample_ids: Sequence[int] | np.ndarray | torch.Tensor, parts: int, *, union: bool = False
+    ) -> list[Masks]:
+        """The masks of `sample` for each of `parts` equal runs of the ids: micro-batches of one step.
+
+        In faithful mode the contexts of all are cut to the shortest of all. Raises as `sample`.
+        """
+        ids = _check_ids(sample_ids)
+        masks = [self.sample(step, part, union=union) for part in np.split(ids, parts)]
+        if self.mode == "faithful":
+            shortest = min(mask.context.shape[1] for mask in masks)
+            masks = [mask._replace(context=mask.context[:, :shortest]) for mask in masks]
+        return masks
 
     def _sample_on_gpu(self, spec: MaskSpec, ids: np.ndarray, inverse: bool, union: bool) -> Masks:
         # the step travels with the ids, in one copy from pinned memory that the host need not wait for

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cjepa_fast.distributed import gather_rows, mean_over_ranks
 from cjepa_fast.health import cosine_gap, feature_std, rankme
+from cjepa_fast.masks import Masks
 from cjepa_fast.step import StepOutput, Terms
 
 FEATURE_ROWS = 2048  # images behind feature_std and RankMe: the last ones of the interval
@@ -22,7 +23,8 @@ class Meter:
     def __init__(self, batch_size: int, device: torch.device) -> None:
         self._batch_size = batch_size  # of all ranks
         self._sums = torch.zeros(len(Terms._fields), device=device)
-        self._features: deque[Tensor] = deque(maxlen=-(-FEATURE_ROWS // batch_size))
+        self.window = -(-FEATURE_ROWS // batch_size)  # steps before a `read` whose outputs it wants whole
+        self._features: deque[Tensor] = deque(maxlen=self.window)
         self.restart()
 
     def restart(self) -> None:
@@ -34,16 +36,20 @@ class Meter:
     def add(self, out: StepOutput, wait_ms: float) -> None:
         """Records one step of this rank: its results, and how long it waited for data."""
         self._sums += torch.stack(out.terms)
-        self._features.append(out.targets.float().mean(dim=1))
+        if out.targets is not None:
+            self._features.append(out.targets.float().mean(dim=1))
         self._steps += 1
         self._waited_ms += wait_ms
 
-    def read(self, out: StepOutput, target: Tensor, *, flags: Sequence[bool]) -> tuple[dict[str, float], list[bool]]:
+    def read(
+        self, out: StepOutput, masks: Sequence[Masks], *, flags: Sequence[bool]
+    ) -> tuple[dict[str, float], list[bool]]:  # fmt: skip
         """The interval's figures over all ranks, and for each of `flags` whether any rank has raised it. Collective.
 
-        out, target: results and target indices [B, M, Kt] of the last step, for the cosine gap.
+        out, masks: results, all targets among them, and masks of the last step, for the cosine gap.
         """
-        local_gap = cosine_gap(out.predictions, out.targets, target)
+        assert out.targets is not None
+        local_gap = cosine_gap(out.predictions, out.targets, torch.cat([mask.target for mask in masks]))
         host = torch.tensor([self._waited_ms, *map(float, flags)], device=local_gap.device)
         means = mean_over_ranks(torch.cat([self._sums, local_gap[None], host])).tolist()
         *sums, gap, waited_ms = means[: len(means) - len(flags)]

@@ -56,16 +56,21 @@ def packed_attention(
     return torch.cat([rows, rows.new_zeros(padding, rows.shape[-1])]).view(query.shape)
 
 
-def block(state: State, prefix: str, x: Tensor, heads: int) -> Tensor:
-    """Pre-norm transformer block `prefix` of a state dict: [B, K, D] -> [B, K, D]."""
+def block(
+    state: State, prefix: str, x: Tensor, heads: int, target_blocks: tuple[int, int] | None = None
+) -> Tensor:  # fmt: skip
+    """Pre-norm transformer block `prefix` of a state dict: [B, K, D] -> [B, K, D]; see `packed_attention`."""
 
     def weights(name: str) -> tuple[Tensor, Tensor]:
         return state[f"{prefix}{name}.weight"], state[f"{prefix}{name}.bias"]
 
     y = F.layer_norm(x, x.shape[-1:], *weights("norm1"), 1e-6)
     y = F.linear(y, *weights("attn.qkv"))
-    query, key, value = (part.reshape(*part.shape[:2], heads, -1).transpose(1, 2) for part in y.chunk(3, dim=-1))
-    y = attention(query, key, value).transpose(1, 2).flatten(2)
+    if target_blocks is None:
+        query, key, value = (part.reshape(*part.shape[:2], heads, -1).transpose(1, 2) for part in y.chunk(3, dim=-1))
+        y = attention(query, key, value).transpose(1, 2).flatten(2)
+    else:
+        y = packed_attention(y, heads, target_blocks=target_blocks)
     x = x + F.linear(y, *weights("attn.proj"))
     y = F.layer_norm(x, x.shape[-1:], *weights("norm2"), 1e-6)
     return x + F.linear(F.gelu(F.linear(y, *weights("mlp.fc1"))), *weights("mlp.fc2"))
@@ -87,20 +92,28 @@ def encoder(state: State, images: Tensor, indices: Tensor | None, heads: int) ->
     return F.layer_norm(x, x.shape[-1:], state["norm.weight"], state["norm.bias"], 1e-6)
 
 
-def predictor(state: State, context: Tensor, context_indices: Tensor, target_indices: Tensor, heads: int) -> Tensor:
-    """I-JEPA predictor: [B, Kc, D], [B, Kc], [B, M, Kt] -> [B, M, Kt, D], one sequence per image and block."""
+def predictor(
+    state: State, context: Tensor, context_indices: Tensor, target_indices: Tensor, heads: int,
+    shared_context: bool = False,
+) -> Tensor:  # fmt: skip
+    """I-JEPA predictor: [B, Kc, D], [B, Kc], [B, M, Kt] -> [B, M, Kt, D], one sequence per image and block.
+
+    shared_context: one sequence per image, whose context does not see the blocks, nor these each other.
+    """
     positions = state["predictor_pos_embed"][0]
     embedded = F.linear(context, state["predictor_embed.weight"], state["predictor_embed.bias"])
+    sequences = [target_indices.flatten(1)] if shared_context else target_indices.unbind(1)
     out = []
-    for targets in target_indices.unbind(1):
+    for targets in sequences:
         x = embedded + positions[context_indices]
         x = torch.cat([x, state["mask_token"] + positions[targets]], dim=1)
         for layer in range(_depth(state, "predictor_blocks.")):
-            x = block(state, f"predictor_blocks.{layer}.", x, heads)
+            structure = (target_indices.shape[1], target_indices.shape[2]) if shared_context else None
+            x = block(state, f"predictor_blocks.{layer}.", x, heads, structure)
         x = F.layer_norm(x, x.shape[-1:], state["predictor_norm.weight"], state["predictor_norm.bias"], 1e-6)
         x = F.linear(x, state["predictor_proj.weight"], state["predictor_proj.bias"])
         out.append(x[:, context.shape[1] :])
-    return torch.stack(out, dim=1)
+    return torch.stack(out, dim=1).view(*target_indices.shape, -1)
 
 
 def prediction_loss(

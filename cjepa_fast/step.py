@@ -6,14 +6,17 @@ from outside (`cjepa_fast.train`); nothing here knows of them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cjepa_fast.distributed import world_size
 from cjepa_fast.losses import Projector, block_vicreg, context_target_vicreg, prediction_loss
-from cjepa_fast.vit import Encoder, Predictor
+from cjepa_fast.masks import Masks
+from cjepa_fast.vit import Encoder, Layout, Predictor, Selection
 
 
 class Networks(nn.Module):
@@ -63,28 +66,47 @@ class Terms(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Detached results of a step: `terms`, the predictions [B, M, Kt, D] and the target encoder's output [B, N, D]."""
+    """Detached results of a step: `terms`, the predictions [B, M, Kt, D] and the target encoder's output [B, N, D],
+    None if not all of it was computed.
+    """
 
     terms: Terms
     predictions: Tensor
-    targets: Tensor
+    targets: Tensor | None
 
 
 @torch.no_grad()
-def target_embeddings(target_encoder: nn.Module, images: Tensor) -> Tensor:
-    """The target encoder's output for the whole images: [B, N, D], no gradient."""
-    return target_encoder(images)
+def target_embeddings(target_encoder: Encoder, images: Tensor, masks: Masks | None = None) -> Tensor:
+    """The target encoder's output, no gradient: [B, N, D]; or, where masks list the union of each image's targets,
+    the rows [union_cap, D] of these patches alone, image after image.
+    """
+    if masks is None or masks.union is None:
+        return target_encoder(images)
+    starts = masks.union_offsets
+    assert starts is not None
+    patches = len(target_encoder.pos_embed[0])
+    image = torch.searchsorted(starts[1:], torch.arange(len(masks.union), device=starts.device), right=True)
+    rows = torch.where(masks.union < 0, 0, image * patches + masks.union)  # padding takes some row
+    longest = min(patches, masks.target[0].numel())
+    return target_encoder(images, wanted=Selection(index=rows, layout=Layout(starts, longest)))
 
 
-def student(networks: Networks, images: Tensor, context: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Context embeddings [B, Kc, D] and predictions [B, M, Kt, D] ; masks context [B, Kc], target [B, M, Kt]."""
-    embeddings = networks.encoder(images, context)
-    return embeddings, networks.predictor(embeddings, context, target)
+def student(networks: Networks, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+    """Context embeddings [B, Kc, D], or packed [cap, D], and predictions [B, M, Kt, D]."""
+    layout = Layout(masks.offsets, len(networks.encoder.pos_embed[0]) if masks.offsets is not None else None)
+    embeddings = networks.encoder(images, masks.context, masks.image_of, layout)
+    return embeddings, networks.predictor(embeddings, masks.context, masks.target, masks.offsets)
 
 
-def summary(embeddings: Tensor, predictions: Tensor, views: str) -> Tensor:
+def summary(embeddings: Tensor, predictions: Tensor, masks: Masks, views: str) -> Tensor:
     """The mean embeddings that the VICReg terms see, at least fp32: [B, M, D] block means, or [B, D] context means."""
-    return _precise(predictions).mean(dim=2) if views == "target_blocks" else _precise(embeddings).mean(dim=1)
+    if views == "target_blocks":
+        return _precise(predictions).mean(dim=2)
+    if masks.image_of is None:
+        return _precise(embeddings).mean(dim=1)
+    # of packed rows by a product: sums without atomics, and the same for any number of rows
+    own = masks.image_of == torch.arange(len(predictions), device=embeddings.device)[:, None]  # [B, cap]
+    return (own / own.sum(dim=1, keepdim=True)).to(_precise(embeddings).dtype) @ _precise(embeddings)
 
 
 def regularisation(
@@ -100,53 +122,87 @@ def regularisation(
     return weights.sim * sim + weights.std * std + weights.cov * cov, terms
 
 
-def forward_backward(
-    networks: Networks, images: Tensor, context: Tensor, target: Tensor, weights: LossWeights, accumulate: int = 1
-) -> StepOutput:  # fmt: skip
+def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks], weights: LossWeights) -> StepOutput:
     """Computes the loss of one batch and accumulates its gradients into the student's parameters.
 
+    Several masks are micro-batches. The VICReg terms are statistics of the whole batch, so a sum over micro-batches
+    would be another loss. Instead a first pass without gradient collects the mean embeddings, the terms are
+    differentiated with respect to those, and the second pass carries that gradient through the networks (GradCache, Gao
+    et al., 2021): the same gradient at the price of one more forward pass.
+
     Args:
-        images: see `cjepa_fast.vit.Encoder`; B images of this rank.
-        context, target: integer [B, Kc] and [B, M, Kt] patch indices.
-        accumulate: number of micro-batches. The VICReg terms are statistics of the whole batch, so a sum over
-            micro-batches would be another loss. Instead a first pass without gradient collects the mean embeddings,
-            the terms are differentiated with respect to those, and the second pass carries that gradient through the
-            networks (GradCache, Gao et al., 2021): the same gradient at the price of one more forward pass.
+        images: see `cjepa_fast.vit.Encoder`; B images of this rank. With one dimension more, [2, ...], two views of
+            them: the student sees the first, the target encoder the second.
+        masks: on the images' device, for each micro-batch in turn. Where they list unions of targets, which
+            `vicreg_views` context_target has no use for, only these target rows are computed.
     """
-    targets = torch.cat([target_embeddings(networks.target_encoder, part) for part in images.chunk(accumulate)])
+    context_images, target_images = images if images.ndim == 5 else (images, images)
+    inputs = context_images.chunk(len(masks))
+    targets = [
+        target_embeddings(networks.target_encoder, part, mask)
+        for part, mask in zip(target_images.chunk(len(masks)), masks, strict=True)
+    ]
     zero = torch.zeros((), device=images.device)
     terms, penalty = (zero, zero, zero), zero
-    if accumulate == 1:
-        embeddings, predictions = student(networks, images, context, target)
-        prediction = prediction_loss(predictions, targets, target, weights.prediction, impl=weights.impl)
-        if networks.projector is not None:
-            means = summary(embeddings, predictions, weights.views)
-            penalty, terms = regularisation(networks.projector, means, targets, weights)
+    if len(masks) == 1:
+        embeddings, predictions = student(networks, context_images, masks[0])
+        # the terms' collectives run beside the prediction loss; autograd keeps to the streams of the forward pass
+        side = _side_stream(images.device)
+        with torch.cuda.stream(side):
+            if networks.projector is not None:
+                means = summary(embeddings, predictions, masks[0], weights.views)
+                penalty, terms = regularisation(networks.projector, means, targets[0], weights)
+        prediction = _prediction_loss(predictions, targets[0], masks[0], weights)
+        if side is not None:
+            torch.cuda.current_stream(images.device).wait_stream(side)
         (prediction + penalty).backward()
     else:
-        parts = list(zip(images.chunk(accumulate), context.chunk(accumulate), target.chunk(accumulate),
-                         targets.chunk(accumulate), strict=True))  # fmt: skip
-        grads: Sequence[Tensor | None] = [None] * len(parts)
+        grads: Sequence[Tensor | None] = [None] * len(masks)
         if networks.projector is not None:
             with torch.no_grad():
-                means = torch.cat([summary(*student(networks, *part[:3]), weights.views) for part in parts])
-            penalty, terms = regularisation(networks.projector, means.requires_grad_(), targets, weights)
+                outputs = (student(networks, *part) for part in zip(inputs, masks, strict=True))
+                means = [summary(*output, mask, weights.views) for output, mask in zip(outputs, masks, strict=True)]
+            whole = torch.cat(means).requires_grad_()
+            penalty, terms = regularisation(networks.projector, whole, torch.cat(targets), weights)
             penalty.backward()
-            assert means.grad is not None
-            grads = means.grad.chunk(accumulate)
+            assert whole.grad is not None
+            grads = whole.grad.chunk(len(masks))
         done, prediction = [], zero
-        for part, grad in zip(parts, grads, strict=True):
-            embeddings, predictions = student(networks, *part[:3])
-            share = prediction_loss(predictions, part[3], part[2], weights.prediction, impl=weights.impl)
-            share = share * (part[0].shape[0] / images.shape[0])
-            carried = zero if grad is None else (summary(embeddings, predictions, weights.views) * grad).sum()
+        for part, mask, target, grad in zip(inputs, masks, targets, grads, strict=True):
+            embeddings, predictions = student(networks, part, mask)
+            share = _prediction_loss(predictions, target, mask, weights) / len(masks)
+            carried = zero if grad is None else (summary(embeddings, predictions, mask, weights.views) * grad).sum()
             (share + carried).backward()
             prediction = prediction + share.detach()
             done.append(predictions.detach())
         predictions = torch.cat(done)
     sim, std, cov = (term.detach() for term in terms)
     prediction, penalty = prediction.detach(), penalty.detach()
-    return StepOutput(Terms(prediction + penalty, prediction, sim, std, cov), predictions.detach(), targets)
+    return StepOutput(
+        Terms(prediction + penalty, prediction, sim, std, cov), predictions.detach(),
+        torch.cat(targets) if masks[0].union is None else None,
+    )  # fmt: skip
+
+
+def _prediction_loss(predictions: Tensor, targets: Tensor, masks: Masks, weights: LossWeights) -> Tensor:
+    indices = masks.target if masks.target_slot is None else masks.target_slot
+    return prediction_loss(
+        predictions, targets, indices, weights.prediction, offsets=masks.union_offsets, impl=weights.impl
+    )
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A second stream of a GPU that shares its batch statistics, waiting for what is queued so far; else None."""
+    if device.type != "cuda" or world_size() == 1:
+        return None
+    stream = _stream_of(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _precise(x: Tensor) -> Tensor:

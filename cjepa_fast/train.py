@@ -6,9 +6,11 @@ Without arguments it trains the demo. `--check` validates everything, prints wha
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -114,6 +116,8 @@ def train(command: cli.Command, world: config.World) -> int:
     # The networks. Every process draws the same initial weights; sharding then keeps its part.
     if c.runtime.cpu_threads is not None:
         torch.set_num_threads(c.runtime.cpu_threads)
+    if device.type == "cpu" and c.runtime.keep_memory:
+        keep_freed_memory()
     distributed.connect(world.rank, world.size, device)
     torch.manual_seed(c.seed)
     networks = build_networks(c).to(device)
@@ -181,13 +185,22 @@ def train(command: cli.Command, world: config.World) -> int:
         bad=bad,
     )  # fmt: skip
 
+    every = [c.run.log_every, c.run.checkpoint_every, *([c.run.probe_every] if probe and c.run.probe_every else [])]
+
+    def ends_interval(done: int) -> bool:
+        return done == steps or any(done % interval == 0 for interval in every)
+
     # The loop. Nothing in it waits for the device except at the log interval.
     interrupted, meter = InterruptFlag(), Meter(c.optim.batch_size, device)
     accuracy, status, done, skipped = None, "completed", first_step, bad.ids
+    # of the views that hold the mean of all target rows, none can be left out
+    unions = c.runtime.target_union_only and (not c.loss.vicreg_weight or c.loss.vicreg_views == "target_blocks")
     for step, batch in enumerate(batches, start=first_step):
-        masks = sampler.sample(step, batch.ids)
-        context, target = (to_device(indices, device) for indices in (masks.context, masks.target))
-        out = forward_backward(networks, batch.images, context, target, weights, c.runtime.accumulate)
+        # the last steps of an interval show the health figures every row of the target encoder
+        whole = any(ends_interval(step + ahead) for ahead in range(1, meter.window + 1))
+        masks = sampler.sample_parts(step, batch.ids, c.runtime.accumulate, union=unions and not whole)
+        masks = [part.to(device) for part in masks]
+        out = forward_backward(networks, batch.images, masks, weights)
         for group in optimizer.param_groups:
             group["lr"] = float(schedule.lr[step])
             group["weight_decay"] = float(schedule.weight_decay[step]) if group["decayed"] else 0.0
@@ -197,13 +210,13 @@ def train(command: cli.Command, world: config.World) -> int:
 
         done = step + 1
         last = done == steps
+        if not ends_interval(done):
+            continue
         probe_now = probe is not None and (last or (c.run.probe_every > 0 and done % c.run.probe_every == 0))
         save_now = last or done % c.run.checkpoint_every == 0
-        if not (done % c.run.log_every == 0 or probe_now or save_now):
-            continue
         # a checkpoint ends an interval, so that a resumed run writes the same lines
         sampler.verify()
-        figures, (stop, new_bad) = meter.read(out, target, flags=(interrupted.is_set, bad.ids != skipped))
+        figures, (stop, new_bad) = meter.read(out, masks, flags=(interrupted.is_set, bad.ids != skipped))
         if new_bad:
             bad.add(skipped := distributed.union_over_ranks(bad.ids))
         values: dict[str, Any] = {
@@ -269,13 +282,6 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a CPU tensor; to a GPU from pinned memory, the only kind the host need not wait for."""
-    if device.type == "cpu" or tensor.device == device:
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def device_name(device: torch.device) -> str:
     """For people: the GPU's name, or the number of CPU threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
@@ -299,8 +305,9 @@ def build_networks(c: config.Config) -> Networks:
     )  # fmt: skip
     predictor = vit.build_predictor(
         c.model.encoder, c.model.image_size, c.model.patch_size, c.model.predictor_depth, c.model.predictor_width,
-        c.model.predictor_heads, depth_rescale=c.model.depth_rescale_init, kernels=c.runtime.kernels,
-        attention=c.runtime.attention,
+        c.model.predictor_heads, depth_rescale=c.model.depth_rescale_init,
+        shared_context=c.model.predictor_context == "shared", targets_only=c.runtime.predictor_targets_only,
+        shared_start=c.runtime.predictor_shared_start, kernels=c.runtime.kernels, attention=c.runtime.attention,
     )  # fmt: skip
     projector = None
     if c.loss.vicreg_weight:
@@ -322,6 +329,20 @@ def compile_blocks(networks: Networks, wanted: str, device: torch.device, *, sta
         for block in blocks:
             block.compile(dynamic=False if static else None)
     return "compiled"
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep what is freed; returns whether there is a glibc.
+
+    Else it gives large activations back to the system, whose pages come back zeroed, a fault each: up to a seventh of a
+    ViT-S step on a CPU.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in ((-1, 2**31 - 1), (-3, 2**31 - 1), (-2, 2**28)):  # trim and mmap thresholds, top pad
+        mallopt(parameter, value)
+    return True
 
 
 def run_directory(c: config.Config, resume: Path | None, device: torch.device) -> Path:

@@ -4,12 +4,15 @@ Parameter names and layouts are those of the released I-JEPA checkpoints, so tim
 encoder's state dict unchanged. Compilation, sharding and precision of the optimizer are applied from outside.
 
 Shapes: B images, N = (H/p)(W/p) patches, K kept patches, M target blocks of Kt patches, Kc context patches, D width.
+
+What a block need not do twice, or at all, it can be told (`Selection`, `Origin`): the results are the same up to
+rounding, the work is not.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +74,10 @@ def take_rows(x: Tensor, indices: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A linear layer that computes in its input's dtype: fp32 master weights are cast, nothing else decides."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+    def forward(self, input: Tensor, outputs: slice = slice(None)) -> Tensor:
+        """[..., in] -> [..., out], or those of the `outputs` only."""
+        bias = None if self.bias is None else self.bias[outputs].to(input.dtype)
+        return F.linear(input, self.weight[outputs].to(input.dtype), bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -84,19 +88,92 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
 
 
+class Layout(NamedTuple):
+    """How rows form sequences: [S, K, D] of one length, or packed [T, D], one sequence behind another.
+
+    offsets: int32 [S + 1] of packed rows, where each sequence begins, and the end of the last; behind it is padding.
+    max_length: at least the longest packed sequence.
+    target_blocks: (M, Kt) where a sequence is [context | block 1 | ... | block M]: the context sees itself, a block the
+        context and itself.
+    """
+
+    offsets: Tensor | None = None
+    max_length: int | None = None
+    target_blocks: tuple[int, int] | None = None
+
+
+FIXED = Layout()
+
+
+class Selection(NamedTuple):
+    """The rows that go on, where the others only serve as keys and values: those from `first` on in every sequence of
+    one length, or the flattened rows `index`, an integer [S, Kq], or [T] with a packed `layout` of their own.
+    """
+
+    first: int = 0
+    index: Tensor | None = None
+    layout: Layout = FIXED
+
+    def of(self, x: Tensor) -> Tensor:
+        """[S, K, W] or [T, W] -> [S, Kq, W] or [Tq, W]."""
+        if self.index is None:
+            return x[:, self.first :]
+        return x.flatten(0, -2).index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
+
+
+class Origin(NamedTuple):
+    """What the rows of the predictor's first block are copies of: context rows, once for every target block, and one
+    row per patch position, for every target patch there. Norm and projections act row by row, so they can go first.
+    """
+
+    context: Tensor  # [B, Kc, d] or packed [T, d]
+    positions: Tensor  # [N, d], the mask token at each position
+    target_indices: Tensor  # integer [B, M, Kt]
+    offsets: Tensor | None  # int32 [B + 1] of packed contexts
+
+    def rows(self) -> Tensor:
+        """[R, d], every row once."""
+        return torch.cat([self.context.flatten(0, -2), self.positions])
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """What was computed for `rows`, [R, W], as sequences: [B M, Kc + Kt, W] or packed [rows, W]."""
+        context, positions = values.split([len(values) - len(self.positions), len(self.positions)])
+        context = context.view(*self.context.shape[:-1], -1)
+        return repeat_rows(context, positions, self.target_indices, self.offsets)
+
+
 class Attention(nn.Module):
-    """Bidirectional multi-head self-attention: [B, K, D] -> [B, K, D]."""
+    """Bidirectional multi-head self-attention: rows -> rows, see `Block`."""
 
     def __init__(self, width: int, heads: int, impl: str = "auto") -> None:
         super().__init__()
         if width % heads:
             raise UserError(f"width {width} is not divisible by {heads} attention heads")
-        self.heads, self.impl = heads, impl
+        self.width, self.heads, self.impl = width, heads, impl
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(ops.attention(self.qkv(x), self.heads, impl=self.impl))
+    def forward(
+        self, x: Tensor, layout: Layout = FIXED, wanted: Selection | None = None, origin: Origin | None = None
+    ) -> Tensor:  # fmt: skip
+        # structured sequences take all of their queries
+        chosen = wanted if layout.target_blocks is None else None
+        query = None
+        if chosen is not None and origin is None:
+            query, qkv = self.qkv(chosen.of(x), slice(0, self.width)), self.qkv(x, slice(self.width, None))
+        else:
+            qkv = self.qkv(x)
+            if origin is not None:
+                qkv = origin.repeat(qkv)
+            if chosen is not None:
+                query, qkv = chosen.of(qkv[..., : self.width]), qkv[..., self.width :]
+        queries = FIXED if chosen is None else chosen.layout
+        out = ops.attention(
+            qkv, self.heads, query=query, offsets=layout.offsets, max_length=layout.max_length,
+            query_offsets=queries.offsets, max_query_length=queries.max_length, target_blocks=layout.target_blocks,
+            impl=self.impl,
+        )  # fmt: skip
+        return self.proj(out if wanted is None or chosen is not None else wanted.of(out))
 
 
 class Mlp(nn.Module):
@@ -112,7 +189,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: [B, K, D] -> [B, K, D]."""
+    """Pre-norm transformer block: rows, formed into sequences by `layout`, to the same rows or those `wanted`.
+
+    origin: what x's rows are copies of, if they are; norm and projection are then computed once for each.
+    """
 
     def __init__(self, shape: VitShape, attention: str = "auto") -> None:
         super().__init__()
@@ -121,8 +201,12 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(shape.width, eps=1e-6)
         self.mlp = Mlp(shape.width, round(shape.width * shape.mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(
+        self, x: Tensor, layout: Layout = FIXED, wanted: Selection | None = None, origin: Origin | None = None
+    ) -> Tensor:  # fmt: skip
+        rows = x if origin is None else origin.rows()
+        rest = x if wanted is None else wanted.of(x)
+        x = rest + self.attn(self.norm1(rows), layout, wanted, origin)
         return x + self.mlp(self.norm2(x))
 
 
@@ -146,7 +230,10 @@ class PatchEmbed(nn.Module):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
-    def forward(self, images: Tensor, indices: Tensor | None, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        self, images: Tensor, indices: Tensor | None, positions: Tensor, dtype: torch.dtype,
+        image_of: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         weight, bias = self.proj.weight, self.proj.bias
         assert bias is not None
         if images.dtype == torch.uint8:  # [B, H, W, 3], normalisation folded into the weights: exact up to rounding
@@ -154,16 +241,19 @@ class PatchEmbed(nn.Module):
             bias = bias - torch.einsum("dchw,c->d", scaled, self.mean)
             weight = (scaled / 255).permute(0, 2, 3, 1)
         return ops.patch_embed(
-            images, indices, weight.flatten(1).to(dtype), bias, positions, patch_size=self.patch_size, impl=self.kernels
-        )
+            images, indices, weight.flatten(1).to(dtype), bias, positions, patch_size=self.patch_size,
+            image_of=image_of, impl=self.kernels,
+        )  # fmt: skip
 
 
 class Encoder(nn.Module):
     """Vision transformer without class token: every output row is a patch.
 
-    forward(images, indices=None) -> [B, K, D] in `dtype`
+    forward(images, indices=None, ...) -> [B, K, D] in `dtype`, or [T, D] for packed patches
         images: float [B, 3, H, W], normalised, or uint8 [B, H, W, 3] raw pixels.
         indices: integer [B, K], the kept patches of each image in row-major numbering; None keeps all N.
+        image_of, layout: int32 [T] and the sequences, if indices [T] are packed, image after image.
+        wanted: the rows that are to be returned, if not all; the last block then leaves out work for the others.
 
     `kernels` and `attention` pick implementations (see `cjepa_fast.ops`), not what is computed.
     """
@@ -193,22 +283,31 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(shape.width, eps=1e-6)
         _initialise(self, self.blocks, depth_rescale)
 
-    def forward(self, images: Tensor, indices: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, indices: Tensor | None = None, image_of: Tensor | None = None,
+        layout: Layout = FIXED, wanted: Selection | None = None,
+    ) -> Tensor:  # fmt: skip
         height_width = tuple(images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:])
         if height_width != (self.image_size, self.image_size):
             raise UserError(f"images are {height_width}, the encoder was built for {self.image_size} px squares")
-        x = self.patch_embed(images, indices, self.pos_embed[0], self.dtype)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        x = self.patch_embed(images, indices, self.pos_embed[0], self.dtype, image_of)
+        for block in self.blocks[:-1]:
+            x = block(x, layout)
+        return self.norm(self.blocks[-1](x, layout, wanted))
 
 
 class Predictor(nn.Module):
     """Narrow vision transformer that predicts the target rows of each block from the context rows.
 
-    forward(context [B, Kc, D], context_indices [B, Kc], target_indices [B, M, Kt]) -> [B, M, Kt, D]
-        in the context's dtype. Each block is predicted alone: its sequence is the context and its own mask tokens.
+    forward(context [B, Kc, D], context_indices [B, Kc], target_indices [B, M, Kt], offsets=None) -> [B, M, Kt, D]
+        in the context's dtype. Packed contexts are [T, D] and [T], with offsets int32 [B + 1].
 
+    Each block is predicted alone: its sequence is the context and its own mask tokens. With `shared_context` the
+    context passes once instead and sees itself alone, while each block sees the context and itself: another function,
+    at a fraction of the work.
+
+    `targets_only`: the last block leaves out work for context rows, of which nothing is made. `shared_start`: the first
+    block projects every context row and every position once, not once a target block. Both change rounding only.
     `kernels`, `attention`: as for `Encoder`.
     """
 
@@ -216,10 +315,13 @@ class Predictor(nn.Module):
 
     def __init__(
         self, shape: VitShape, encoder_width: int, grid: tuple[int, int], *, depth_rescale: bool = False,
-        kernels: str = "auto", attention: str = "auto",
+        shared_context: bool = False, targets_only: bool = True, shared_start: bool = True, kernels: str = "auto",
+        attention: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.kernels = kernels
+        self.kernels, self.shared_context = kernels, shared_context
+        # with a shared context there is nothing to share at the start
+        self.targets_only, self.shared_start = targets_only, shared_start and not shared_context
         self.predictor_embed = Linear(encoder_width, shape.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, shape.width))
         self.register_buffer("predictor_pos_embed", sincos_positions(shape.width, grid))
@@ -229,16 +331,69 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         _initialise(self, self.predictor_blocks, depth_rescale)
 
-    def forward(self, context: Tensor, context_indices: Tensor, target_indices: Tensor) -> Tensor:
-        x = ops.predictor_tokens(
-            self.predictor_embed(context), self.mask_token, self.predictor_pos_embed[0], context_indices,
-            target_indices, impl=self.kernels,
-        )  # [B, M, Kc + Kt, d]  # fmt: skip
-        x = x.flatten(0, 1)
-        for block in self.predictor_blocks:
-            x = block(x)
+    def forward(
+        self, context: Tensor, context_indices: Tensor, target_indices: Tensor, offsets: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        context = self.predictor_embed(context)
+        layout, targets = self._sequences(context, target_indices, offsets)
+        origin = None
+        if self.shared_start:
+            positions = self.predictor_pos_embed[0]  # fp32: added precisely, rounded once
+            indices = context_indices.long() if offsets is None else context_indices.long().clamp_min(0)  # of padding
+            context = (context + F.embedding(indices, positions)).to(context.dtype)
+            origin = Origin(context, (self.mask_token[0] + positions).to(context.dtype), target_indices, offsets)
+            x = origin.repeat(origin.rows())
+        else:
+            x = ops.predictor_tokens(
+                context, self.mask_token, self.predictor_pos_embed[0], context_indices, target_indices,
+                offsets=offsets, shared_context=self.shared_context, impl=self.kernels,
+            )  # fmt: skip
+            if offsets is None and not self.shared_context:
+                x = x.flatten(0, 1)  # [B, M, Kc + Kt, d]
+        first, last = 0, len(self.predictor_blocks) - 1
+        for index, block in enumerate(self.predictor_blocks):
+            x = block(
+                x, layout, targets if self.targets_only and index == last else None,
+                origin if index == first else None,
+            )  # fmt: skip
         # norm and projection act row by row, so the context rows can go before them
-        return self.predictor_proj(self.predictor_norm(x[:, context.shape[1] :])).unflatten(0, target_indices.shape[:2])
+        x = x if self.targets_only else targets.of(x)
+        return self.predictor_proj(self.predictor_norm(x)).view(*target_indices.shape, -1)
+
+    def _sequences(
+        self, context: Tensor, target_indices: Tensor, offsets: Tensor | None
+    ) -> tuple[Layout, Selection]:  # fmt: skip
+        """How the predictor's sequences lie, and where the target rows are in them."""
+        _, blocks, length = target_indices.shape
+        structure = (blocks, length) if self.shared_context else None
+        tail = blocks * length if self.shared_context else length  # target rows of a sequence
+        if offsets is None:
+            return Layout(target_blocks=structure), Selection(first=context.shape[1])
+        starts = ops.sequence_offsets(offsets, blocks, length, self.shared_context)
+        longest = len(self.predictor_pos_embed[0]) + tail  # a constant, unlike the longest context
+        index = starts[1:, None] + torch.arange(-tail, 0, device=starts.device)
+        return Layout(starts, longest, structure), Selection(index=index)
+
+
+def repeat_rows(context: Tensor, positions: Tensor, target_indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """TEMPORARY"""
+    batch, blocks, length = target_indices.shape
+    if offsets is None:
+        masks = positions[target_indices.long()]
+        return torch.cat([context[:, None].expand(-1, blocks, -1, -1), masks], dim=2).flatten(0, 1)
+    total = context.shape[0]
+    device = context.device
+    starts = ops.sequence_offsets(offsets, blocks, length, False).long()
+    row = torch.arange(blocks * total + target_indices.numel(), device=device)
+    sequence = torch.searchsorted(starts[1:], row, right=True)
+    behind = sequence == batch * blocks
+    image = sequence.where(~behind, 0) // blocks
+    within, count = row - starts[sequence], offsets.diff()[image]
+    target = target_indices.flatten(0, 1).long()
+    chosen = target[sequence.where(~behind, 0), (within - count).clamp(0, length - 1)]
+    source = torch.where(within < count, offsets[image] + within, total + chosen)
+    source = source.where(~behind, total + len(positions))
+    return torch.cat([context, positions, context.new_zeros(1, context.shape[1])])[source]
 
 
 def build_encoder(
@@ -279,23 +434,18 @@ def build_predictor(
     depth: int,
     width: int = 384,
     heads: int | None = None,
-    *,
-    depth_rescale: bool = False,
-    kernels: str = "auto",
-    attention: str = "auto",
+    **options: Any,
 ) -> Predictor:
     """Builds the predictor that goes with the encoder called `name` (its width and, unless given, its heads).
 
     Published: width 384; depth 6 for tiny to base, 12 for large and huge, 16 for giant (I-JEPA, C-JEPA section 4.1).
+    `options` are those of `Predictor`.
 
     Raises UserError for an unknown name or sizes that do not divide.
     """
     encoder = encoder_shape(name)
     shape = VitShape(width, depth, heads or encoder.heads)
-    return Predictor(
-        shape, encoder.width, _grid(image_size, patch_size), depth_rescale=depth_rescale, kernels=kernels,
-        attention=attention,
-    )  # fmt: skip
+    return Predictor(shape, encoder.width, _grid(image_size, patch_size), **options)
 
 
 def encoder_shape(name: str) -> VitShape:

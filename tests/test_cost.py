@@ -30,6 +30,8 @@ def networks(config: Config) -> tuple[Encoder, Predictor, Projector]:
         model.predictor_depth,
         model.predictor_width,
         model.predictor_heads,
+        targets_only=False,  # the model counts the method, without what ours leaves out
+        shared_start=False,
     )
     width = encoder_shape(model.encoder).width
     return encoder, predictor, Projector(width, loss.projector_width or width, loss.projector_layers)

@@ -37,16 +37,16 @@ def sharded() -> Networks:
 
 def one_step(net: Networks, rank: int, size: int, weights: LossWeights, accumulate: int) -> dict[str, Any]:
     """Gradients, terms, updated weights and the teacher's next output for the global batch of step 0, on all ranks."""
-    share = [part.chunk(size)[rank] for part in batch(0, 16)]
+    images, masks = batch(0, 16, parts=accumulate, rank=rank, ranks=size, union=weights.views == "target_blocks")
     optimizer = AdamW(parameter_groups(net), lr=1e-2, averages=net.averages())
-    out = forward_backward(net, share[0], share[1], share[2], weights, accumulate)
+    out = forward_backward(net, images, masks, weights)
     grads = {name: full(p.grad).clone() for name, p in net.named_parameters() if p.grad is not None}
     optimizer.step(momentum=0.5)
     return {
         "terms": distributed.mean_over_ranks(torch.stack(out.terms)),
         "grads": grads,
         "weights": {name: full(p.detach()).clone() for name, p in net.named_parameters()},
-        "targets": distributed.gather_rows(target_embeddings(net.target_encoder, share[0])),
+        "targets": distributed.gather_rows(target_embeddings(net.target_encoder, images)),
         "predictions": distributed.gather_rows(out.predictions),
     }
 
@@ -77,8 +77,7 @@ def worker(rank: int, size: int, folder: str) -> None:
         net = sharded()
         optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-2, fused=True)
         state = checkpoint.training_state(net, optimizer)
-        share = [part.chunk(size)[rank] for part in batch(0, 16)]
-        forward_backward(net, share[0], share[1], share[2], WEIGHTS)
+        forward_backward(net, *batch(0, 16, rank=rank, ranks=size), WEIGHTS)
         optimizer.step()
         checkpoint.save(Path(folder).parent / "checkpoints", 7, state, keep=2, extra={"a": 1})
         results["state"] = {name: full(tensor).clone() for name, tensor in state.items()}

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import reference
 from cjepa_fast.losses import Projector
-from cjepa_fast.masks import MultiBlockSampler
+from cjepa_fast.masks import Masks, MultiBlockSampler
 from cjepa_fast.optim import AdamW, parameter_groups, schedules
-from cjepa_fast.step import LossWeights, Networks, forward_backward, target_embeddings
+from cjepa_fast.step import LossWeights, Networks, StepOutput, forward_backward, target_embeddings
 from cjepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, Predictor, VitShape
 
 SHAPE, NARROW, SIZE, PATCH, BATCH = VitShape(32, 2, 2), VitShape(16, 2, 2), 24, 4, 8
 WEIGHTS = LossWeights("smooth_l1", 2.5, 2.5, 0.1)
 
 
-def networks(*, projector: bool = True, dtype: torch.dtype = torch.float32) -> Networks:
+def networks(*, projector: bool = True, dtype: torch.dtype = torch.float32, depth: int = 2, **cuts: bool) -> Networks:
     torch.manual_seed(0)
     encoder, target_encoder = (Encoder(SHAPE, SIZE, PATCH, dtype=dtype) for _ in range(2))
-    predictor = Predictor(NARROW, SHAPE.width, encoder.grid)
+    predictor = Predictor(NARROW._replace(depth=depth), SHAPE.width, encoder.grid, **cuts)
     return Networks(encoder, predictor, target_encoder, Projector(SHAPE.width, 24, 2) if projector else None).to(dtype)
 
 
-def batch(step: int, size: int = BATCH) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(
+    step: int, size: int = BATCH, *, parts: int = 1, rank: int = 0, ranks: int = 1, union: bool = True,
+    mode: str = "fixed",
+) -> tuple[torch.Tensor, list[Masks]]:  # fmt: skip
+    """A rank's images of a step and their masks, in micro-batches; `size` images on all ranks."""
     images = torch.randint(
         0, 256, (size, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
     )
-    masks = MultiBlockSampler(SIZE // PATCH, min_keep=3).sample(step, torch.arange(size))
-    return images, masks.context, masks.target
+    ids = torch.arange(size).chunk(ranks)[rank]
+    sampler = MultiBlockSampler(SIZE // PATCH, mode, min_keep=3)
+    return images.chunk(ranks)[rank], sampler.sample_parts(step, ids, parts, union=union)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -48,8 +56,8 @@ def test_ten_steps_equal_the_reference(impl: str) -> None:
         return {name.removeprefix(prefix): value for name, value in truth.items() if name.startswith(prefix)}
 
     for step in range(10):
-        images, context, target = batch(step)
-        out = forward_backward(ours, images, context, target, WEIGHTS)
+        images, masks = batch(step)
+        out = forward_backward(ours, images, masks, WEIGHTS)
         for group in optimizer.param_groups:
             group["lr"] = plan.lr[step]
             group["weight_decay"] = plan.weight_decay[step] if group["decayed"] else 0.0
@@ -58,7 +66,7 @@ def test_ten_steps_equal_the_reference(impl: str) -> None:
 
         leaves = {name: truth[name].requires_grad_() for name in trained}
         loss = reference.cjepa_loss(
-            ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2), context.long(), target.long(),
+            ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2), masks[0].context.long(), masks[0].target.long(),
             context_encoder=lambda x, i: reference.encoder(part("encoder."), x, i, SHAPE.heads),
             target_encoder=lambda x, i: reference.encoder(part("target_encoder."), x, i, SHAPE.heads),
             predict=lambda z, c, t: reference.predictor(part("predictor."), z, c, t, NARROW.heads),
@@ -79,21 +87,115 @@ def test_ten_steps_equal_the_reference(impl: str) -> None:
         assert error < 2e-4, f"{name}: relative error {error:.1e} after ten steps"
 
 
-@pytest.mark.parametrize("views", ["target_blocks", "context_target"])
-@pytest.mark.parametrize("projector", [True, False])
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulation_is_exact(views: str, projector: bool, accumulate: int) -> None:
-    """Batch statistics span the micro-batches: loss, terms and gradients are those of the undivided batch."""
-    whole, parts = (networks(projector=projector, dtype=torch.float64) for _ in range(2))
-    weights = WEIGHTS._replace(views=views)
-    images, context, target = batch(0)
-    a = forward_backward(whole, images, context, target, weights)
-    b = forward_backward(parts, images, context, target, weights, accumulate)
-    torch.testing.assert_close(torch.stack(b.terms).double(), torch.stack(a.terms).double(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(b.predictions, a.predictions)
-    for (name, p), (_, q) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+def same_step(a: Networks, b: Networks, one: StepOutput, other: StepOutput) -> None:
+    """Terms, predictions and gradients agree up to fp64 rounding."""
+    torch.testing.assert_close(
+        torch.stack(other.terms).double(), torch.stack(one.terms).double(), rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(other.predictions, one.predictions)
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
         if p.requires_grad:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "faithful", "packed"])
+@pytest.mark.parametrize("views", ["target_blocks", "context_target"])
+@pytest.mark.parametrize("projector", [True, False])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_exact(mode: str, views: str, projector: bool, parts: int) -> None:
+    """Batch statistics span the micro-batches: loss, terms and gradients are those of the undivided batch."""
+    whole, divided = (networks(projector=projector, dtype=torch.float64) for _ in range(2))
+    weights, union = WEIGHTS._replace(views=views), views == "target_blocks"
+    a = forward_backward(whole, *batch(0, mode=mode, union=union), weights)
+    b = forward_backward(divided, *batch(0, mode=mode, union=union, parts=parts), weights)
+    same_step(whole, divided, a, b)
+
+
+CUTS = ("targets_only", "shared_start", "union")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("mode", ["fixed", "packed"])
+@pytest.mark.parametrize("cut", [*CUTS, "all", "targets_only shared_context"])
+def test_cuts_change_nothing(cut: str, mode: str, depth: int) -> None:
+    """What the networks leave out is not missed: terms, predictions and gradients stay."""
+    shared = {"shared_context": "shared_context" in cut}
+    on = {name: name in cut.split() or cut == "all" for name in CUTS}
+    union = on.pop("union")
+    off = dict.fromkeys(on, False)
+    plain, ours = (networks(dtype=torch.float64, depth=depth, **shared, **cuts) for cuts in (off, on))
+    a = forward_backward(plain, *batch(0, mode=mode, union=False), WEIGHTS)
+    b = forward_backward(ours, *batch(0, mode=mode, union=union), WEIGHTS)
+    assert (b.targets is None) == union
+    same_step(plain, ours, a, b)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts_save_work(cut: str) -> None:
+    """FLOP of a step as torch counts them, against what the cut leaves out, by hand."""
+    images, masks = batch(0, union=cut == "union")
+    kept, (blocks, length) = masks[0].context.shape[1], masks[0].target.shape[1:]
+    (width, _, _, ratio), (narrow, *_), patches = SHAPE, NARROW, (SIZE // PATCH) ** 2
+
+    def counted(union: bool, **cuts: bool) -> int:
+        net = networks(projector=False, **cuts)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            forward_backward(net, images, batch(0, union=union)[1], WEIGHTS)
+        return counter.get_total_flops()
+
+    off = dict.fromkeys(CUTS, False)
+    saved = counted(**off) - counted(**{**off, cut: True})
+    after = 2 * (2 + 2 * ratio)  # FLOP behind attention and of the query, by row and width squared
+    if cut == "targets_only":  # query, projection and MLP of the context rows, and their attention
+        expected = 3 * BATCH * blocks * kept * (after * narrow**2 + 4 * (kept + length) * narrow)
+    elif cut == "shared_start":  # projections of copies of context rows, of target rows but one for each position
+        expected = 3 * 6 * narrow**2 * (BATCH * kept * (blocks - 1) + BATCH * blocks * length - patches)
+    else:
+        expected = (BATCH * patches - len(masks[0].union)) * after * width**2
+        # attention is padded to the longest union here, where packed rows have no kernel of their own
+        expected += BATCH * (patches - min(patches, blocks * length)) * 4 * patches * width
+    assert saved == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("shared_context", [False, True])
+def test_packed_contexts(shared_context: bool) -> None:
+    """Contexts of all lengths in one batch: the loss is the mean of the reference's for each image alone."""
+    ours = networks(projector=False, dtype=torch.float64, shared_context=shared_context)
+    images, (masks,) = batch(3, mode="packed")
+    assert len(set(masks.offsets.diff().tolist())) > 3
+    out = forward_backward(ours, images, [masks], WEIGHTS)
+    state = {name: value.detach().double() for name, value in ours.state_dict().items()}
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    mean, std = (torch.tensor(values).double() for values in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
+    losses = []
+    for image, (start, end) in enumerate(itertools.pairwise(masks.offsets.tolist())):
+        alone, context = pixels[image : image + 1], masks.context[None, start:end].long()
+        target = masks.target[image : image + 1].long()
+        encoded = reference.encoder(part("encoder."), alone, context, SHAPE.heads)
+        predicted = reference.predictor(
+            part("predictor."), encoded, context, target, NARROW.heads, shared_context=shared_context
+        )
+        targets = reference.encoder(part("target_encoder."), alone, None, SHAPE.heads)
+        torch.testing.assert_close(out.predictions[image], predicted[0])
+        losses.append(reference.prediction_loss(predicted, targets, target))
+    torch.testing.assert_close(out.terms.prediction.double(), torch.stack(losses).mean(), rtol=1e-6, atol=0)
+
+
+def test_two_views() -> None:
+    """The student sees the first, the target encoder the second."""
+    (first, masks), (second, _) = batch(0), batch(1)
+    ours, theirs = networks(), networks()
+    out = forward_backward(ours, torch.stack([first, second]), masks, WEIGHTS)
+    alike = forward_backward(theirs, torch.stack([first, first]), masks, WEIGHTS)
+    assert torch.equal(out.predictions, alike.predictions) and out.terms.loss != alike.terms.loss
+    full = [masks[0]._replace(union=None, union_offsets=None, target_slot=None)]
+    whole = forward_backward(ours, torch.stack([first, second]), full, WEIGHTS)
+    assert torch.equal(whole.targets, target_embeddings(ours.target_encoder, second))
+    assert torch.equal(forward_backward(theirs, first, masks, WEIGHTS).terms.loss, alike.terms.loss)
 
 
 def test_plain_ijepa_has_no_vicreg_terms() -> None:
@@ -127,9 +229,8 @@ def test_compiled_blocks_compute_the_same() -> None:
     eager, compiled = networks(), networks()
     for block in compiled.predictor.predictor_blocks:  # one shape: every further one costs the C++ compiler seconds
         block.compile(dynamic=False, fullgraph=True)
-    images, context, target = batch(0)
-    a = forward_backward(eager, images, context, target, WEIGHTS)
-    b = forward_backward(compiled, images, context, target, WEIGHTS)
+    a = forward_backward(eager, *batch(0), WEIGHTS)
+    b = forward_backward(compiled, *batch(0), WEIGHTS)
     assert b.terms.loss.item() == pytest.approx(a.terms.loss.item(), rel=1e-5)
     for (name, p), (_, q) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
         if p.requires_grad:

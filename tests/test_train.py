@@ -165,6 +165,10 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
         (["--runtime.cpu-threads", "2"], 1e-5),
         (["--runtime.kernels", "eager"], 0),
         (["--runtime.masks", "numpy"], 0),
+        (["--runtime.no-predictor-targets-only"], 1e-5),
+        (["--runtime.no-predictor-shared-start"], 1e-5),
+        (["--runtime.no-target-union-only"], 1e-5),
+        (["--runtime.no-keep-memory"], 0),
         pytest.param(
             ["--runtime.kernels", "triton"],
             1e-5,
