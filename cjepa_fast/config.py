@@ -174,6 +174,8 @@ class RuntimeConfig:
     """The first predictor block projects each context row and position once, not once a target block: exact."""
     target_union_only: bool = True
     """The last target block computes rows that are some target only, except where health figures read all: exact."""
+    weight_copies: bool = True
+    """With bf16 on one process, the optimizer writes 16-bit copies of the weights, which no step need then cast."""
     accumulate: int = 1
     """Parts into which each process cuts its batch to save memory; batch statistics stay global."""
     fsdp_blocks: int = 4

@@ -141,6 +141,11 @@ class AdamW(torch.optim.AdamW):
                     moments["step"] = moments["step"].to(parameter.device, torch.float32)
 
 
+def fuses(impl: str, device: torch.device) -> bool:
+    """Whether `AdamW(impl=impl)` runs the fused kernel for fp32 parameters there, which takes bf16 gradients, too."""
+    return ops.choose("adamw_ema", impl, device.type, None) == "triton"
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 

@@ -131,9 +131,13 @@ def train(command: cli.Command, world: config.World) -> int:
         distributed.shard(network, list(blocks), unit=c.runtime.fsdp_blocks, trained=trained, dtype=dtype)
     if networks.projector is not None:
         distributed.shard(networks.projector, [], unit=1, trained=True, dtype=torch.float32)
+    groups, averages, copies = optim.parameter_groups(networks), networks.averages(), {}
+    if c.runtime.weight_copies and world.size == 1 and dtype != torch.float32:
+        fused = optim.fuses(c.runtime.kernels, device)
+        copies = vit.hold_copies(networks, dtype, rounded_grads=fused and c.runtime.accumulate == 1)
     optimizer = optim.AdamW(
-        optim.parameter_groups(networks), lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps,
-        averages=networks.averages(), impl=c.runtime.kernels,
+        groups, lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps, averages=averages, copies=copies,
+        impl=c.runtime.kernels,
     )  # fmt: skip
     beta = c.loss.vicreg_weight
     weights = LossWeights(
@@ -158,6 +162,7 @@ def train(command: cli.Command, world: config.World) -> int:
     state = checkpoint.training_state(networks, optimizer)
     if resume is not None:
         first_step, extra = checkpoint.load(directory / CHECKPOINTS, state)
+        optimizer.refresh_copies()
         untrained, initial_std, skipped = extra["untrained"], extra["initial_std"], extra["skipped"]
         if extra["data"] != source.fingerprint:
             raise UserError(f"data.root: {' '.join(root)}: the run began with other weights or images; restore them")

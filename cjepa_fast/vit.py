@@ -71,21 +71,76 @@ def take_rows(x: Tensor, indices: Tensor) -> Tensor:
     return x[torch.arange(x.shape[0], device=x.device)[:, None], indices.long()]
 
 
-class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype: fp32 master weights are cast, nothing else decides."""
+class _Copy(torch.autograd.Function):
+    """A parameter's rounded copy in its place: the copy goes forward, its gradient back to the parameter."""
 
-    def forward(self, input: Tensor, outputs: slice = slice(None)) -> Tensor:
-        """[..., in] -> [..., out], or those of the `outputs` only."""
-        bias = None if self.bias is None else self.bias[outputs].to(input.dtype)
-        return F.linear(input, self.weight[outputs].to(input.dtype), bias)
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
-class LayerNorm(nn.LayerNorm):
+class _Rounding:
+    """Fp32 master weights for a module that computes in its input's dtype, which alone decides.
+
+    They are cast in every forward pass, or read from the copies that `hold_copies` gave the module.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_copy: Tensor | None = None
+    bias_copy: Tensor | None = None
+
+    def rounded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in `dtype`."""
+        if self.weight_copy is None:
+            return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        assert self.weight_copy.dtype == dtype, (self.weight_copy.dtype, dtype)
+        if not self.weight.requires_grad:
+            return self.weight_copy, self.bias_copy
+        bias = None if self.bias is None else _Copy.apply(self.bias, self.bias_copy)
+        return _Copy.apply(self.weight, self.weight_copy), bias  # pyright: ignore[reportReturnType]
+
+
+class Linear(_Rounding, nn.Linear):
+    """A linear layer in its input's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, *self.rounded(input.dtype))
+
+
+class LayerNorm(_Rounding, nn.LayerNorm):
     """Layer norm in its input's dtype (statistics are fp32 inside torch's kernel)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        dtype = input.dtype
-        return F.layer_norm(input, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+        return F.layer_norm(input, self.normalized_shape, *self.rounded(input.dtype), self.eps)
+
+
+def hold_copies(network: nn.Module, dtype: torch.dtype, *, rounded_grads: bool) -> dict[Tensor, Tensor]:
+    """Gives linear layers and layer norms copies of their parameters in `dtype`: no pass need cast them.
+
+    Whoever changes the parameters must change the copies: `cjepa_fast.optim.AdamW` does. Not for parameters that FSDP2
+    shards: it makes copies of its own.
+
+    Args:
+        rounded_grads: leave gradients in `dtype`, as their products give them, instead of widening them to fp32. For
+            one backward pass a step: several would add up in `dtype`.
+
+    Returns the copies by parameter.
+    """
+    copies = {}
+    for module in network.modules():
+        if isinstance(module, _Rounding):
+            for name in ("weight", "bias"):
+                if (parameter := getattr(module, name)) is not None:
+                    copies[parameter] = parameter.detach().to(dtype)
+                    setattr(module, f"{name}_copy", copies[parameter])
+                    if rounded_grads and parameter.requires_grad:
+                        parameter.grad_dtype = dtype
+    return copies
 
 
 class Layout(NamedTuple):
@@ -160,7 +215,10 @@ class Attention(nn.Module):
         chosen = wanted if layout.target_blocks is None else None
         query = None
         if chosen is not None and origin is None:
-            query, qkv = self.qkv(chosen.of(x), slice(0, self.width)), self.qkv(x, slice(self.width, None))
+            weight, bias = self.qkv.rounded(x.dtype)
+            assert bias is not None
+            weights, biases = (values.split([self.width, 2 * self.width]) for values in (weight, bias))
+            query, qkv = (F.linear(*of) for of in zip((chosen.of(x), x), weights, biases, strict=True))
         else:
             qkv = self.qkv(x)
             if origin is not None:

@@ -169,6 +169,7 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
         (["--runtime.no-predictor-shared-start"], 1e-5),
         (["--runtime.no-target-union-only"], 1e-5),
         (["--runtime.no-keep-memory"], 0),
+        (["--runtime.no-weight-copies", "--model.precision", "bf16"], 0),
         pytest.param(
             ["--runtime.kernels", "triton"],
             1e-5,
@@ -188,7 +189,8 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
 def test_speed_settings_change_nothing(
     images: Path, straight: Path, tmp_path: Path, setting: Sequence[str], tolerance: float
 ) -> None:
-    slow = "triton" in setting or "--runtime.compile" in setting or "--runtime.attention" in setting
+    low = ["--model.precision", "bf16"] if "bf16" in setting else []
+    slow = {"bf16", "triton", "--runtime.compile", "--runtime.attention"} & set(setting)
     # a predictor of 4 heads of 24, which the attention kernel takes
     steps = ["--optim.steps", "2", "--model.predictor-width", "96"] if slow else []
     threads = torch.get_num_threads()
@@ -196,7 +198,7 @@ def test_speed_settings_change_nothing(
         ours = run(images, tmp_path / "run", *setting, *steps)
     finally:
         torch.set_num_threads(threads)
-    theirs = run(images, tmp_path / "plain", *steps) if steps else metrics(straight)
+    theirs = run(images, tmp_path / "plain", *steps, *low) if steps else metrics(straight)
     for a, b in zip(theirs, ours, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance, abs=0), f"step {a['step']}"
 

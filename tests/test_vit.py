@@ -19,6 +19,7 @@ from cjepa_fast.vit import (
     VitShape,
     build_encoder,
     build_predictor,
+    hold_copies,
     sincos_positions,
 )
 
@@ -192,3 +193,27 @@ def test_wrong_image_size_is_refused() -> None:
     encoder = build_encoder("vit_demo", 32, 8)
     with pytest.raises(UserError, match=r"images are \(32, 48\), the encoder was built for 32 px squares"):
         encoder(torch.zeros(1, 3, 32, 48))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_compute_the_same(compiled: bool) -> None:
+    """Bit for bit what casting computes; gradients arrive at the fp32 parameters, rounded if asked for."""
+    shape, images = VitShape(32, 2, 2), torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    cast, copied, rounded = (Encoder(shape, 16, 4, dtype=torch.bfloat16) for _ in range(3))
+    for encoder in (copied, rounded):
+        encoder.load_state_dict(cast.state_dict())
+        copies = hold_copies(encoder, torch.bfloat16, rounded_grads=encoder is rounded)
+        assert len(copies) == len(list(encoder.parameters())) - 2  # all but the patch embedding's
+        assert encoder.state_dict().keys() == cast.state_dict().keys()
+    for encoder in (cast, copied, rounded):
+        if compiled:
+            encoder.blocks[0].compile(dynamic=False, fullgraph=True)
+        out = encoder(images)
+        (out * torch.sin(torch.arange(out.numel()).view_as(out))).sum().backward()
+        assert torch.equal(out, cast(images))
+    for (name, a), b, c in zip(cast.named_parameters(), copied.parameters(), rounded.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None and c.grad is not None
+        # a compiler need not round what is widened right after
+        assert torch.equal(a.grad, b.grad) and torch.equal(a.grad.bfloat16(), c.grad.bfloat16()), name
+        assert b.grad.dtype == torch.float32
+        assert c.grad.dtype == (torch.float32 if name.startswith("patch_embed") else torch.bfloat16), name
