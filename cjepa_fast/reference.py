@@ -252,6 +252,21 @@ def predictor_tokens(
     return tokens.unflatten(0, (batch, -1) if shared_context else (batch, target_indices.shape[1], -1))
 
 
+def predictor_rows(context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """See `cjepa_fast.ops.predictor_rows`; one sequence after the other."""
+    batch, kept = len(target_indices), context.shape[-2]
+    ends = [kept * image for image in range(batch + 1)] if offsets is None else offsets.tolist()
+    rows = context.reshape(-1, context.shape[-1])
+    sequences = []
+    for image, blocks in enumerate(target_indices):
+        for targets in blocks:
+            sequences += [rows[ends[image] : ends[image + 1]], table[targets]]
+    tokens = torch.cat(sequences)
+    if offsets is None:
+        return tokens.unflatten(0, (batch, target_indices.shape[1], -1))
+    return F.pad(tokens, (0, 0, 0, target_indices.shape[1] * (len(context) - ends[-1])))
+
+
 def variance_covariance(z: Tensor) -> tuple[Tensor, Tensor]:
     """VICReg's variance and covariance terms (std, cov), each [V], of the views of z [N, V, D]: see `vicreg`."""
     std, cov = [], []

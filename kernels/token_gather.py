@@ -10,7 +10,12 @@ Predictor tokens: sequence m of image b is [c_t + e[i_t] for its context tokens 
 A program reads a context token and its position once and stores them to all M sequences; backward it sums the M
 gradients in that order. Bytes: forward s D (Kc + M (Kc + Kt)) per image, backward the same.
 
-The position table, at most a megabyte or two in fp32, is read from the cache. All sums are fp32 without atomics: the
+Predictor rows: sequence m of image b is [context | table[j] for its target block m], and table [N, D] has a gradient:
+row n's is the sum over all target rows with index n. Its program walks the list of those, which a stable sort of the
+indices gives, so that the sum has one order and each gradient is read once, whatever N is. (The product with a one-hot
+matrix does N times the additions, on tensor cores and in 16 bits only, and spreads one NaN over the whole table.)
+
+A table of positions or rows, at most a megabyte or two, is read from the cache. All sums are fp32 without atomics: the
 gradients of bias and mask token are summed by programs over fixed runs of rows, then over the programs.
 
 Source: Assran et al., CVPR 2023 (arXiv 2301.08243), section 3.
@@ -168,9 +173,9 @@ def _target_rows(o_g, m_g, offsets, kept, length, BLOCKS: tl.constexpr):
 )
 def _tokens_fwd_kernel(
     context,  # [context_rows, D]
-    mask_token,  # [D] float
+    mask_token,  # [D] float, or None: nothing is added to a target's row of `positions`
     positions,  # [patches, D] float
-    context_indices,  # [context_rows] integer
+    context_indices,  # [context_rows] integer, or None: nothing is added to the context
     target_indices,  # [target_rows] integer
     offsets,  # [batch + 1] int32: the images' contexts, or None: `kept` tokens each
     tokens,  # [total_rows, D]
@@ -199,12 +204,13 @@ def _tokens_fwd_kernel(
         b_first, b_distance, m_real = _copies(
             o_t, m_t, offsets, context_rows, batch, steps, kept, length, BLOCKS
         )  # fmt: skip
-        b_index = tl.load(context_indices + o_t, mask=m_real, other=0).to(tl.int64)
-        m_known = (b_index >= 0) & (b_index < patches)
-        mask = (m_real & m_known)[:, None] & m_d
-        b_x = tl.load(context + o_t.to(tl.int64)[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float32)
-        b_x += tl.load(positions + b_index[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float32)
-        b_x = tl.where(m_known[:, None], b_x, float("nan")).to(tokens.dtype.element_ty)
+        b_x = tl.load(context + o_t.to(tl.int64)[:, None] * D + o_d, mask=m_real[:, None] & m_d, other=0.0)
+        if context_indices is not None:
+            b_index = tl.load(context_indices + o_t, mask=m_real, other=0).to(tl.int64)
+            m_known = (b_index >= 0) & (b_index < patches)
+            mask = (m_real & m_known)[:, None] & m_d
+            b_e = tl.load(positions + b_index[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float32)
+            b_x = tl.where(m_known[:, None], b_x.to(tl.float32) + b_e, float("nan")).to(tokens.dtype.element_ty)
         for i_m in tl.static_range(BLOCKS):
             b_row = b_first + i_m * b_distance
             m_row = m_t & (b_row >= 0) & (b_row < total_rows)  # whatever the offsets hold
@@ -215,9 +221,10 @@ def _tokens_fwd_kernel(
         b_row = _target_rows(o_g, m_g, offsets, kept, length, BLOCKS)
         b_index = tl.load(target_indices + o_g, mask=m_g, other=0).to(tl.int64)
         m_known = (b_index >= 0) & (b_index < patches)
-        b_y = tl.load(mask_token + o_d, mask=m_d, other=0.0).to(tl.float32)
         mask = (m_g & m_known)[:, None] & m_d
-        b_y += tl.load(positions + b_index[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float32)
+        b_y = tl.load(positions + b_index[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float32)
+        if mask_token is not None:
+            b_y += tl.load(mask_token + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_y = tl.where(m_known[:, None], b_y, float("nan")).to(tokens.dtype.element_ty)
         m_row = m_g & (b_row >= 0) & (b_row < total_rows)
         tl.store(tokens + b_row[:, None] * D + o_d, b_y, mask=m_row[:, None] & m_d)
@@ -227,8 +234,10 @@ def _tokens_fwd_kernel(
 def _tokens_bwd_kernel(
     grads,  # [total_rows, D]
     offsets,  # as forward
+    order,  # [target_rows] int64: the target rows by index, or None: one sum of all of them
+    starts,  # [patches + 1] int32: where each index begins in `order`, and the end of the last; or None
     context_grads,  # [context_rows, D]
-    partials,  # [programs along the target rows, D] fp32
+    sums,  # [patches, D] fp32, or [programs along the target rows, D] fp32
     context_rows,
     target_rows,
     total_rows,
@@ -242,7 +251,7 @@ def _tokens_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program sums the copies of BLOCK_R context tokens, or TILES * BLOCK_R target rows; BLOCK_C columns."""
+    """One program sums the copies of BLOCK_R context tokens, or some target rows: of one index, or TILES * BLOCK_R."""
     COLUMN_BLOCKS: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
     i_r = tl.program_id(0) // COLUMN_BLOCKS
     o_d = (tl.program_id(0) % COLUMN_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -264,14 +273,23 @@ def _tokens_bwd_kernel(
         tl.store(context_grads + o_out, b_sum.to(context_grads.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
     else:
         i_p = i_r - context_programs
-        for i in tl.static_range(TILES):
-            o_g = (i_p * TILES + i) * BLOCK_R + tl.arange(0, BLOCK_R)
-            m_g = o_g < target_rows
-            b_row = _target_rows(o_g, m_g, offsets, kept, length, BLOCKS)
-            m_row = m_g & (b_row >= 0) & (b_row < total_rows)
-            mask = m_row[:, None] & m_d[None, :]
-            b_sum += tl.load(grads + b_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(partials + i_p.to(tl.int64) * D + o_d, tl.sum(b_sum, axis=0), mask=m_d)
+        if order is None:
+            for i in tl.static_range(TILES):
+                o_g = (i_p * TILES + i) * BLOCK_R + tl.arange(0, BLOCK_R)
+                m_g = o_g < target_rows
+                b_row = _target_rows(o_g, m_g, offsets, kept, length, BLOCKS)
+                mask = (m_g & (b_row >= 0) & (b_row < total_rows))[:, None] & m_d[None, :]
+                b_sum += tl.load(grads + b_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        else:
+            b_end = tl.load(starts + i_p + 1)
+            for i_o in range(tl.load(starts + i_p), b_end, BLOCK_R):
+                o_o = i_o + tl.arange(0, BLOCK_R)
+                m_g = o_o < b_end
+                o_g = tl.load(order + o_o, mask=m_g, other=0)
+                b_row = _target_rows(o_g, m_g, offsets, kept, length, BLOCKS)
+                mask = (m_g & (b_row >= 0) & (b_row < total_rows))[:, None] & m_d[None, :]
+                b_sum += tl.load(grads + b_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(sums + i_p.to(tl.int64) * D + o_d, tl.sum(b_sum, axis=0), mask=m_d)
 
 
 def patches_and_tokens(
@@ -316,16 +334,20 @@ def column_sum(grads: Tensor, image_of: Tensor | None) -> Tensor:
 
 
 def tokens_fwd(
-    context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor,
-    offsets: Tensor | None,
+    context: Tensor, mask_token: Tensor | None, positions: Tensor, context_indices: Tensor | None,
+    target_indices: Tensor, offsets: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The sequences [B, M, Kc + Kt, D], or packed [M T + B M Kt, D] with `offsets`; arguments are contiguous."""
+    """The sequences [B, M, Kc + Kt, D], or packed [M T + B M Kt, D] with `offsets`; arguments are contiguous.
+
+    Without mask token and context indices, the rows of the context and of `positions` as they are.
+    """
     batch, blocks, length = target_indices.shape
     kept, width = context.shape[-2:]
-    sizes = _sizes(context_indices.numel(), target_indices.shape)
+    sizes = _sizes(context.shape[:-1].numel(), target_indices.shape)
     shape = (batch, blocks, kept + length, width) if offsets is None else (sizes["total_rows"], width)
     given = (context, mask_token, positions, context_indices, target_indices, offsets)
-    assert all(x is None or x.is_contiguous() for x in given) and mask_token.shape == (width,) == positions.shape[1:]
+    assert all(x is None or x.is_contiguous() for x in given) and positions.shape[1:] == (width,)
+    assert mask_token is None or mask_token.shape == (width,)
     tokens = torch.empty(shape, dtype=context.dtype, device=context.device)
     if tokens.numel():
         tile = {"D": width, "BLOCKS": blocks, **TILE}
@@ -338,22 +360,36 @@ def tokens_fwd(
 
 
 def tokens_bwd(
-    grads: Tensor, offsets: Tensor | None, context_shape: Sequence[int], targets_shape: Sequence[int]
+    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `context` and, in fp32, of `mask_token` [D]; grads are contiguous and shaped as the tokens."""
+    """The gradients of `context` and, in fp32, of `mask_token` [D], or of the table of so many `patches` [N, D].
+
+    `grads` are contiguous and shaped as the tokens.
+    """
     kept, width = context_shape[-2:]
-    sizes = _sizes(math.prod(context_shape[:-1]), targets_shape)
+    sizes = _sizes(math.prod(context_shape[:-1]), target_indices.shape)
     assert grads.is_contiguous() and grads.numel() == sizes["total_rows"] * width
     context_grads = torch.empty(context_shape, dtype=grads.dtype, device=grads.device)
-    partials = torch.empty(_blocks(sizes["target_rows"], SUM_ROWS), width, dtype=torch.float32, device=grads.device)
-    programs = _blocks(sizes["context_rows"], SUM_TILE["BLOCK_R"]) + partials.shape[0]
-    tile = {"D": width, "BLOCKS": targets_shape[1], **SUM_TILE}
+    order, starts = (None, None) if patches is None else _by_index(target_indices.flatten(), patches)
+    rows = _blocks(sizes["target_rows"], SUM_ROWS) if patches is None else patches
+    sums = torch.empty(rows, width, dtype=torch.float32, device=grads.device)
+    programs = _blocks(sizes["context_rows"], SUM_TILE["BLOCK_R"]) + rows
+    tile = {"D": width, "BLOCKS": target_indices.shape[1], **SUM_TILE}
     if programs:
         with torch.cuda.device_of(grads):
             _tokens_bwd_kernel[(programs * _blocks(width, SUM_TILE["BLOCK_C"]),)](
-                grads, offsets, context_grads, partials, kept=kept, **sizes, **tile
+                grads, offsets, order, starts, context_grads, sums, kept=kept, **sizes, **tile
             )
-    return context_grads, partials.sum(0)
+    return context_grads, sums.sum(0) if patches is None else sums
+
+
+def _by_index(indices: Tensor, patches: int) -> tuple[Tensor, Tensor]:
+    """The places [R] of indices [R] in ascending order of index, equal ones as they come, and where each begins."""
+    if patches >= torch.iinfo(indices.dtype).max:
+        indices = indices.long()
+    ascending, order = indices.sort(stable=True)
+    bounds = torch.arange(patches + 1, dtype=indices.dtype, device=indices.device)
+    return order, torch.searchsorted(ascending, bounds, out_int32=True)
 
 
 def _sizes(context_rows: int, targets_shape: Sequence[int]) -> dict[str, int]:
@@ -411,24 +447,28 @@ def _aot() -> list[dict[str, Any]]:
             "rows": "i32",
         }  # fmt: skip
         add(f"sum {dtype}{' packed' * packed} D={width}", _column_sum_kernel, signature, D=width, **SUM_TILE)
-    for dtype, index, packed, blocks, width in [
-        ("bf16", "i16", False, 4, 384), ("bf16", "i16", True, 4, 384), ("bf16", "i16", True, 1, 384),
-        ("fp16", "i32", False, 4, 384), ("fp32", "i64", False, 4, 192),
+    for dtype, index, packed, blocks, width, table in [
+        ("bf16", "i16", False, 4, 384, False), ("bf16", "i16", True, 4, 384, False),
+        ("bf16", "i16", True, 1, 384, False), ("fp16", "i32", False, 4, 384, False),
+        ("fp32", "i64", False, 4, 192, False), ("bf16", "i16", False, 4, 1152, True),
+        ("bf16", "i16", True, 4, 1152, True), ("fp16", "i32", True, 4, 1152, True), ("fp32", "i64", True, 4, 576, True),
     ]:  # fmt: skip
         offsets = pointer("i32" if packed else None)
         sizes = dict.fromkeys(("context_rows", "target_rows", "total_rows", "batch", "steps", "kept", "length"), "i32")
         name = f"{dtype} {index}{' packed' * packed} M={blocks} D={width}"
         forward = {
-            "context": pointer(dtype), "mask_token": pointer("fp32"), "positions": pointer("fp32"),
-            "context_indices": pointer(index), "target_indices": pointer(index), "offsets": offsets,
-            "tokens": pointer(dtype), **sizes, "patches": "i32",
+            "context": pointer(dtype), "mask_token": None if table else pointer("fp32"),
+            "positions": pointer(dtype if table else "fp32"), "context_indices": None if table else pointer(index),
+            "target_indices": pointer(index), "offsets": offsets, "tokens": pointer(dtype), **sizes, "patches": "i32",
         }  # fmt: skip
-        add(f"tokens {name}", _tokens_fwd_kernel, forward, D=width, BLOCKS=blocks, **TILE)
+        what = "rows" if table else "tokens"
+        add(f"{what} {name}", _tokens_fwd_kernel, forward, D=width, BLOCKS=blocks, **TILE)
         backward = {
-            "grads": pointer(dtype), "offsets": offsets, "context_grads": pointer(dtype), "partials": pointer("fp32"),
+            "grads": pointer(dtype), "offsets": offsets, "order": pointer("i64") if table else None,
+            "starts": pointer("i32") if table else None, "context_grads": pointer(dtype), "sums": pointer("fp32"),
             **sizes,
         }  # fmt: skip
-        add(f"tokens bwd {name}", _tokens_bwd_kernel, backward, D=width, BLOCKS=blocks, **SUM_TILE)
+        add(f"{what} bwd {name}", _tokens_bwd_kernel, backward, D=width, BLOCKS=blocks, **SUM_TILE)
     return tiles
 
 

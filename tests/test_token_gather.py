@@ -494,8 +494,8 @@ def test_predictor_tokens_registration(packed: bool) -> None:
     rest = [given[name] for name in ("positions", "context_indices", "target_indices", "offsets")]
     torch.library.opcheck(door._predictor_tokens, (context, mask_token, *rest))
     grads = wave(door._predictor_tokens(context, mask_token, *rest).detach())
-    shapes = [context.shape, given["target_indices"].shape]
-    torch.library.opcheck(door._predictor_tokens_backward, (grads, given["offsets"], *map(list, shapes)))
+    backward = (grads, given["target_indices"], given["offsets"], list(context.shape), None)
+    torch.library.opcheck(door._predictor_tokens_backward, backward)
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[str, str]]] = {

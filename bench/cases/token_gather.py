@@ -6,6 +6,9 @@ Patch embedding of R rows of 3 p p pixels to width D: 2 R D 3pp FLOP forward, as
 Predictor tokens: context [B, Kc, D] to sequences [B, M, Kc + Kt, D] (shared context: [B, Kc + M Kt, D]).
     forward   read the context and positions, write the sequences
     backward  read the sequences' gradients, write the context's
+Predictor rows: context [B, Kc, W] and table [N, W] to sequences [B, M, Kc + Kt, W], W = 3 D of q, k and v.
+    forward   read the context and the table, write the sequences
+    backward  read the sequences' gradients, write the context's and the table's
 Indices, below 1 %, are left out.
 
 "reference style" is how published JEPA code does it: embed all patches by a convolution, then gather with an index that
@@ -25,6 +28,8 @@ from bench.cases import UNINTERPRETED, Case, Variant, both_directions, compiled
 from bench.timing import Inputs
 from cjepa_fast import ops
 from cjepa_fast.masks import MultiBlockSampler
+
+TESTS = ("test_token_gather.py", "test_predictor_rows.py")
 
 # encoder, image size, patch size, width, predictor width
 SHAPES = [("H/14", 224, 14, 1280, 384), ("L/16", 224, 16, 1024, 384), ("B/16", 224, 16, 768, 384)]
@@ -56,6 +61,20 @@ def reference_predictor_tokens(
     return tokens.unflatten(0, (blocks, batch)).transpose(0, 1)
 
 
+def one_hot_rows(context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """Target rows, and so the table's gradient, by a product with a one-hot matrix."""
+    assert offsets is None
+    blocks = target_indices.shape[1]
+    chosen = F.one_hot(target_indices.long(), table.shape[0]).to(table.dtype) @ table
+    return torch.cat([context[:, None].expand(-1, blocks, -1, -1), chosen], dim=2)
+
+
+def predictor_rows_of(
+    context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None, impl: str
+) -> Tensor:
+    return ops.predictor_rows(context, table, target_indices, offsets=offsets, impl=impl)
+
+
 def variants(
     function: Callable[..., Tensor], device: str, reference: Callable[..., Tensor] | None
 ) -> tuple[list[Variant], Callable[..., Tensor]]:
@@ -82,6 +101,10 @@ def cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
         for shared in (False, True):
             yield from predictor_tokens(encoder, predictor_width, image_size // patch_size, context, target, shared,
                                         device, dtype)  # fmt: skip
+        packed = MultiBlockSampler(image_size // patch_size, mode="packed").sample(0, range(batch))
+        for rows, offsets in ((context.shape[1], None), (len(packed.context), packed.offsets)):
+            yield from predictor_rows(encoder, 3 * predictor_width, image_size // patch_size, rows, packed.target,
+                                      offsets, device, dtype)  # fmt: skip
         for raw, indices in ((True, context), (True, None), (False, context)):
             yield from patch_embed(encoder, image_size, patch_size, width, indices, raw, batch, device, dtype)
 
@@ -106,6 +129,29 @@ def predictor_tokens(
     name = f"tokens {encoder} B={batch} Kc={kept} M={blocks} Kt={length}" + (" shared" if shared else "")
     table = grid * grid * width * 4
     yield from both_directions(name, found, inputs, truth, (read + table + written, 0), (read + written, 0))
+
+
+def predictor_rows(
+    encoder: str, width: int, grid: int, rows: int, target_indices: Tensor, offsets: Tensor | None, device: str,
+    dtype: torch.dtype,
+) -> Iterator[Case]:  # fmt: skip
+    """With offsets, `rows` are those of all contexts, else of one image."""
+    batch, blocks, length = target_indices.shape
+
+    def inputs() -> Inputs:
+        shape = (batch, rows, width) if offsets is None else (rows, width)
+        context, table = (torch.randn(size, device=device).to(dtype) for size in (shape, (grid * grid, width)))
+        starts = None if offsets is None else offsets.to(device)
+        return context.requires_grad_(), table.requires_grad_(), target_indices.to(device, torch.int32), starts
+
+    total = batch * rows if offsets is None else rows
+    read = (total + grid * grid) * width * dtype.itemsize
+    written = blocks * (total + batch * length) * width * dtype.itemsize
+    found, truth = variants(predictor_rows_of, device, None)
+    if offsets is None:
+        found.append(Variant(name="one-hot product", call=one_hot_rows))
+    name = f"rows {encoder} B={batch} {'Kc' if offsets is None else 'packed T'}={rows} M={blocks} Kt={length} W={width}"
+    yield from both_directions(name, found, inputs, truth, (read + written, 0), (read + written, 0))
 
 
 def patch_embed(

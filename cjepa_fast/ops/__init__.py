@@ -11,7 +11,7 @@ from cjepa_fast.ops._attention import attention, require_attention
 from cjepa_fast.ops._choice import choose, require
 from cjepa_fast.ops._masks import mask_sampler, mask_workspace, sample_masks, sample_masks_on_gpu
 from cjepa_fast.ops._prediction_loss import prediction_loss
-from cjepa_fast.ops._token_gather import patch_embed, predictor_tokens, sequence_offsets
+from cjepa_fast.ops._token_gather import patch_embed, predictor_rows, predictor_tokens, sequence_offsets
 from cjepa_fast.ops._variance_covariance import variance_covariance
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "mask_workspace",
     "patch_embed",
     "prediction_loss",
+    "predictor_rows",
     "predictor_tokens",
     "require",
     "require_attention",

@@ -67,7 +67,7 @@ def patch_embed(
             )
     elif indices is not None and (indices.ndim != 2 or indices.shape[0] != batch):
         raise ValueError(f"indices are {tuple(indices.shape)}, want [{batch}, K] without image_of")
-    _check(positions, images.device, weight=weight, bias=bias, indices=indices, image_of=image_of)
+    _check(images.device, positions=positions, weight=weight, bias=bias, indices=indices, image_of=image_of)
     unsupported = _unsupported(*([] if raw else [images]), weight, bias, positions)
     if choose("patch_embed", impl, images.device.type, unsupported) == "eager":
         return _patch_embed_eager(images.detach(), indices, weight, bias, positions, patch_size, image_of)
@@ -111,18 +111,14 @@ def predictor_tokens(
             f"context {tuple(context.shape)}, context_indices {tuple(context_indices.shape)} and target_indices "
             f"{tuple(target_indices.shape)} are not [B, Kc, D], [B, Kc] and [B, M, Kt], nor with offsets [T, D] and [T]"
         )
-    batch = target_indices.shape[0]
-    if offsets is None and rows[0] != batch:
-        raise ValueError(f"context is of {rows[0]} images, target_indices of {batch}")
-    if offsets is not None and (offsets.shape != (batch + 1,) or offsets.dtype != torch.int32):
-        raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, want torch.int32 ({batch + 1},)")
+    _check_images(context, target_indices, offsets)
     if positions.ndim != 2 or positions.shape[1] != width or mask_token.numel() != width:
         raise ValueError(
             f"context of width {width} wants positions [N, {width}] and a mask token of {width}, "
             f"got {tuple(positions.shape)} and {tuple(mask_token.shape)}"
         )
     _check(
-        positions, context.device, mask_token=mask_token, offsets=offsets, context_indices=context_indices,
+        context.device, positions=positions, mask_token=mask_token, offsets=offsets, context_indices=context_indices,
         target_indices=target_indices,
     )  # fmt: skip
     if shared_context:  # one block of all target tokens
@@ -137,6 +133,45 @@ def predictor_tokens(
             target_indices.contiguous(), _contiguous(offsets),
         )  # fmt: skip
     return tokens.squeeze(1) if shared_context and offsets is None else tokens
+
+
+def predictor_rows(
+    context: Tensor, table: Tensor, target_indices: Tensor, *, offsets: Tensor | None = None, impl: str = "auto"
+) -> Tensor:  # fmt: skip
+    """The sequences of `predictor_tokens` from rows that are ready: per image and block [context | table[block]].
+
+    What acts on each row alone, such as the norm and projection to q, k and v of the predictor's first block, need then
+    be computed once for each context token, which all M sequences of an image share, and once for each place of the
+    grid, as mask tokens of one place are equal in all images. An index outside [0, N) is an error of the eager
+    implementation and makes the row NaN in the Triton one.
+
+    Args:
+        context: [B, Kc, W]; packed [T, W].
+        table: [N, W], in the context's dtype.
+        target_indices: integer (16, 32 or 64 bits) [B, M, Kt], rows of the table.
+        offsets: int32 [B + 1], the packed mode, as for `predictor_tokens`.
+        impl: see `cjepa_fast.ops`. The Triton kernel takes fp32, bf16 and fp16 and is deterministic: a row of the
+            table gets the sum of its copies' gradients in fp32 and in one order.
+
+    Returns [B, M, Kc + Kt, W], or packed [M T + B M Kt, W] as `predictor_tokens` does.
+
+    Raises UserError if impl is unknown or cannot run, ValueError if shapes, dtypes or devices do not match.
+    """
+    width = context.shape[-1]
+    if target_indices.ndim != 3 or context.ndim != (3 if offsets is None else 2) or table.shape[1:] != (width,):
+        raise ValueError(
+            f"context {tuple(context.shape)}, table {tuple(table.shape)} and target_indices "
+            f"{tuple(target_indices.shape)} are not [B, Kc, W], [N, W] and [B, M, Kt], nor with offsets [T, W]"
+        )
+    if table.dtype != context.dtype:
+        raise ValueError(f"table is {table.dtype}, context {context.dtype}")
+    _check_images(context, target_indices, offsets)
+    _check(context.device, table=table, offsets=offsets, target_indices=target_indices)
+    if choose("predictor_rows", impl, context.device.type, _unsupported(context)) == "eager":
+        return _sequences_eager(context, F.embedding(target_indices.long(), table), offsets)
+    return _predictor_tokens(
+        context.contiguous(), None, table.contiguous(), None, target_indices.contiguous(), _contiguous(offsets)
+    )
 
 
 def sequence_offsets(offsets: Tensor, blocks: int, block_length: int, shared_context: bool) -> Tensor:
@@ -154,17 +189,26 @@ def sequence_offsets(offsets: Tensor, blocks: int, block_length: int, shared_con
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _check(positions: Tensor, device: torch.device, **others: Tensor | None) -> None:
-    """What both operations refuse: positions that want a gradient, indices that are none, a second device."""
-    if positions.requires_grad:
-        raise ValueError("positions require a gradient, but they are a fixed table: detach them")
-    for name, tensor in {"positions": positions, **others}.items():
+def _check(device: torch.device, **tensors: Tensor | None) -> None:
+    """What all operations refuse: positions that want a gradient, indices that are none, a second device."""
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if name == "positions" and tensor.requires_grad:
+            raise ValueError("positions require a gradient, but they are a fixed table: detach them")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, expected {device}")
         if name.endswith("indices") and tensor.dtype not in _INTEGERS:
             raise ValueError(f"{name} is {tensor.dtype}, want int16, int32 or int64")
+
+
+def _check_images(context: Tensor, target_indices: Tensor, offsets: Tensor | None) -> None:
+    """Refuses contexts and targets of different numbers of images."""
+    batch = target_indices.shape[0]
+    if offsets is None and context.shape[0] != batch:
+        raise ValueError(f"context is of {context.shape[0]} images, target_indices of {batch}")
+    if offsets is not None and (offsets.shape != (batch + 1,) or offsets.dtype != torch.int32):
+        raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, want torch.int32 ({batch + 1},)")
 
 
 def _unsupported(*floats: Tensor) -> str | None:
@@ -206,26 +250,32 @@ def _predictor_tokens_eager(
     context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor,
     offsets: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    (batch, blocks, length), dtype = target_indices.shape, context.dtype
-    positions = positions.to(dtype)
-    masks = mask_token.to(dtype) + F.embedding(target_indices.long(), positions)  # [B, M, Kt, D]
+    positions, context_indices = positions.to(context.dtype), context_indices.long()
+    masks = mask_token.to(context.dtype) + F.embedding(target_indices.long(), positions)
+    if offsets is not None:  # whatever the indices of padding are
+        real = torch.arange(context.shape[0], device=context.device) < offsets[-1]
+        context_indices = context_indices.where(real, 0)
+    return _sequences_eager(context + F.embedding(context_indices, positions), masks, offsets)
+
+
+def _sequences_eager(context: Tensor, masks: Tensor, offsets: Tensor | None) -> Tensor:
+    """[context | masks of one block] for each image and block; masks [B, M, Kt, D]."""
+    batch, blocks, length, _ = masks.shape
     if offsets is None:
-        context = context + F.embedding(context_indices.long(), positions)
         return torch.cat([context[:, None].expand(-1, blocks, -1, -1), masks], dim=2)
 
     # every row of the result is a row of [context | masks | zero], whose numbers are arithmetic on the device
-    device, total = context.device, context.shape[0]
-    real = torch.arange(total, device=device) < offsets[-1]
-    context = context + F.embedding(context_indices.long().where(real, 0), positions)
+    device, total, targets = context.device, context.shape[0], batch * blocks * length
     starts = sequence_offsets(offsets, blocks, length, False).long()
-    row = torch.arange(blocks * total + target_indices.numel(), device=device)
+    row = torch.arange(blocks * total + targets, device=device)
     sequence = torch.searchsorted(starts[1:], row, right=True)
     behind = sequence == batch * blocks
     image = sequence.where(~behind, 0) // blocks
     within, count = row - starts[sequence], offsets.diff()[image]
     source = torch.where(within < count, offsets[image] + within, total + sequence * length + within - count)
-    source = source.where(~behind, total + target_indices.numel())
-    return torch.cat([context, masks.flatten(0, 2), context.new_zeros(1, context.shape[1])])[source]
+    source = source.where(~behind, total + targets)
+    # its gradient is deterministic on a GPU too, and on a CPU takes half the time of that of []
+    return F.embedding(source, torch.cat([context, masks.flatten(0, 2), context.new_zeros(1, context.shape[1])]))
 
 
 @torch.library.custom_op("cjepa::patch_embed", mutates_args=())
@@ -285,9 +335,10 @@ _patch_embed.register_autograd(_differentiate_patch_embed, setup_context=_save_p
 
 @torch.library.custom_op("cjepa::predictor_tokens", mutates_args=())
 def _predictor_tokens(
-    context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor,
-    offsets: Tensor | None,
+    context: Tensor, mask_token: Tensor | None, positions: Tensor, context_indices: Tensor | None,
+    target_indices: Tensor, offsets: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    """`predictor_tokens`, or without mask token and context indices `predictor_rows`."""
     from cjepa_fast.kernels import token_gather as kernel
 
     return kernel.tokens_fwd(context, mask_token, positions, context_indices, target_indices, offsets)
@@ -295,8 +346,8 @@ def _predictor_tokens(
 
 @_predictor_tokens.register_fake
 def _(
-    context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor,
-    offsets: Tensor | None,
+    context: Tensor, mask_token: Tensor | None, positions: Tensor, context_indices: Tensor | None,
+    target_indices: Tensor, offsets: Tensor | None,
 ) -> Tensor:  # fmt: skip
     batch, blocks, length = target_indices.shape
     rows, width = context.shape[-2:]
@@ -307,35 +358,38 @@ def _(
 
 @torch.library.custom_op("cjepa::predictor_tokens_backward", mutates_args=())
 def _predictor_tokens_backward(
-    grads: Tensor, offsets: Tensor | None, context_shape: Sequence[int], targets_shape: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the context and, in fp32, of the mask token."""
+    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of the context and, in fp32, of the mask token [D] or of the table of so many patches [N, D]."""
     from cjepa_fast.kernels import token_gather as kernel
 
-    return kernel.tokens_bwd(grads.contiguous(), offsets, context_shape, targets_shape)
+    return kernel.tokens_bwd(grads.contiguous(), target_indices, offsets, context_shape, patches)
 
 
 @_predictor_tokens_backward.register_fake
 def _(
-    grads: Tensor, offsets: Tensor | None, context_shape: Sequence[int], targets_shape: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    return grads.new_empty(context_shape), grads.new_empty(context_shape[-1], dtype=torch.float32)
+    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (context_shape[-1],) if patches is None else (patches, context_shape[-1])
+    return grads.new_empty(context_shape), grads.new_empty(shape, dtype=torch.float32)
 
 
-def _save_shapes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    context, mask_token, _, _, target_indices, offsets = inputs
-    ctx.save_for_backward(offsets)
-    ctx.context_shape, ctx.targets_shape = context.shape, target_indices.shape
-    ctx.mask_dtype = mask_token.dtype
+def _save_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    context, mask_token, positions, _, target_indices, offsets = inputs
+    ctx.save_for_backward(target_indices, offsets)
+    ctx.context_shape, ctx.patches = context.shape, positions.shape[0] if mask_token is None else None
+    ctx.dtype = (positions if mask_token is None else mask_token).dtype
 
 
 def _differentiate_predictor_tokens(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
-    (offsets,) = ctx.saved_tensors
-    context_grad, mask_grad = _predictor_tokens_backward(grads, offsets, ctx.context_shape, ctx.targets_shape)
-    return context_grad, mask_grad.to(ctx.mask_dtype), None, None, None, None
+    target_indices, offsets = ctx.saved_tensors
+    context_grad, sums = _predictor_tokens_backward(grads, target_indices, offsets, ctx.context_shape, ctx.patches)
+    sums = sums.to(ctx.dtype)
+    mask_grad, table_grad = (sums, None) if ctx.patches is None else (None, sums)
+    return context_grad, mask_grad, table_grad, None, None, None
 
 
-_predictor_tokens.register_autograd(_differentiate_predictor_tokens, setup_context=_save_shapes)
+_predictor_tokens.register_autograd(_differentiate_predictor_tokens, setup_context=_save_indices)
 
 
 @register_flop_formula(torch.ops.cjepa.patch_embed)
