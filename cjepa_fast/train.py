@@ -7,6 +7,7 @@ Without arguments it trains the demo. `--check` validates everything, prints wha
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import math
 import os
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
+        gc.enable()
+        gc.unfreeze()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -197,6 +200,9 @@ def train(command: cli.Command, world: config.World) -> int:
 
     # The loop. Nothing in it waits for the device except at the log interval.
     interrupted, meter = InterruptFlag(), Meter(c.optim.batch_size, device)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection would stall the host in some step: it is left to the log points
     accuracy, status, done, skipped = None, "completed", first_step, bad.ids
     # of the views that hold the mean of all target rows, none can be left out
     unions = c.runtime.target_union_only and (not c.loss.vicreg_weight or c.loss.vicreg_views == "target_blocks")
@@ -219,6 +225,7 @@ def train(command: cli.Command, world: config.World) -> int:
             continue
         probe_now = probe is not None and (last or (c.run.probe_every > 0 and done % c.run.probe_every == 0))
         save_now = last or done % c.run.checkpoint_every == 0
+        gc.collect(1)
         # a checkpoint ends an interval, so that a resumed run writes the same lines
         sampler.verify()
         figures, (stop, new_bad) = meter.read(out, masks, flags=(interrupted.is_set, bad.ids != skipped))

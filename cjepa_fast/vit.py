@@ -185,6 +185,7 @@ class Origin(NamedTuple):
     positions: Tensor  # [N, d], the mask token at each position
     target_indices: Tensor  # integer [B, M, Kt]
     offsets: Tensor | None  # int32 [B + 1] of packed contexts
+    impl: str
 
     def rows(self) -> Tensor:
         """[R, d], every row once."""
@@ -194,7 +195,8 @@ class Origin(NamedTuple):
         """What was computed for `rows`, [R, W], as sequences: [B M, Kc + Kt, W] or packed [rows, W]."""
         context, positions = values.split([len(values) - len(self.positions), len(self.positions)])
         context = context.view(*self.context.shape[:-1], -1)
-        return repeat_rows(context, positions, self.target_indices, self.offsets)
+        rows = ops.predictor_rows(context, positions, self.target_indices, offsets=self.offsets, impl=self.impl)
+        return rows if self.offsets is not None else rows.flatten(0, 1)
 
 
 class Attention(nn.Module):
@@ -399,7 +401,8 @@ class Predictor(nn.Module):
             positions = self.predictor_pos_embed[0]  # fp32: added precisely, rounded once
             indices = context_indices.long() if offsets is None else context_indices.long().clamp_min(0)  # of padding
             context = (context + F.embedding(indices, positions)).to(context.dtype)
-            origin = Origin(context, (self.mask_token[0] + positions).to(context.dtype), target_indices, offsets)
+            masks = (self.mask_token[0] + positions).to(context.dtype)
+            origin = Origin(context, masks, target_indices, offsets, self.kernels)
             x = origin.repeat(origin.rows())
         else:
             x = ops.predictor_tokens(
@@ -431,27 +434,6 @@ class Predictor(nn.Module):
         longest = len(self.predictor_pos_embed[0]) + tail  # a constant, unlike the longest context
         index = starts[1:, None] + torch.arange(-tail, 0, device=starts.device)
         return Layout(starts, longest, structure), Selection(index=index)
-
-
-def repeat_rows(context: Tensor, positions: Tensor, target_indices: Tensor, offsets: Tensor | None) -> Tensor:
-    """TEMPORARY"""
-    batch, blocks, length = target_indices.shape
-    if offsets is None:
-        masks = positions[target_indices.long()]
-        return torch.cat([context[:, None].expand(-1, blocks, -1, -1), masks], dim=2).flatten(0, 1)
-    total = context.shape[0]
-    device = context.device
-    starts = ops.sequence_offsets(offsets, blocks, length, False).long()
-    row = torch.arange(blocks * total + target_indices.numel(), device=device)
-    sequence = torch.searchsorted(starts[1:], row, right=True)
-    behind = sequence == batch * blocks
-    image = sequence.where(~behind, 0) // blocks
-    within, count = row - starts[sequence], offsets.diff()[image]
-    target = target_indices.flatten(0, 1).long()
-    chosen = target[sequence.where(~behind, 0), (within - count).clamp(0, length - 1)]
-    source = torch.where(within < count, offsets[image] + within, total + chosen)
-    source = source.where(~behind, total + len(positions))
-    return torch.cat([context, positions, context.new_zeros(1, context.shape[1])])[source]
 
 
 def build_encoder(
