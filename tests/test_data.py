@@ -22,11 +22,12 @@ from PIL import Image, ImageOps
 
 from bad_images import png_chunk, png_header
 from cjepa_fast import data, manifest
-from cjepa_fast.data import BadImages, Batches, batch_ids, center_batches, crop_windows, epoch_order
+from cjepa_fast.data import BadImages, Batches, center_batches
 from cjepa_fast.errors import UserError
 from cjepa_fast.index import open_sources
 from cjepa_fast.manifest import Mixture
 from cjepa_fast.philox import philox4x32
+from cjepa_fast.views import batch_ids, crop_windows, epoch_order, flip_flags
 
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 
@@ -305,15 +306,15 @@ def test_a_second_visit_is_drawn_anew():
     windows = [crop_windows(ids, sizes, repeats=r, **options) for r in (np.zeros(200, int), np.arange(200) % 2, 2**23)]
     assert (windows[0] == crop_windows(ids, sizes, **options)).all()
     assert (windows[1][::2] == windows[0][::2]).all()
-    flips = [data.flip_flags(ids, seed=1, epoch=0, repeats=r) for r in (0, 1, 2**23)]
-    assert (flips[0] == data.flip_flags(ids, seed=1, epoch=0)).all()
+    flips = [flip_flags(ids, seed=1, epoch=0, repeats=r) for r in (0, 1, 2**23)]
+    assert (flips[0] == flip_flags(ids, seed=1, epoch=0)).all()
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert (windows[i][1::2] != windows[j][1::2]).any(axis=1).mean() > 0.95
         assert 60 < (flips[i] != flips[j]).sum() < 140
 
 
 def test_half_of_the_images_are_flipped():
-    flags = [data.flip_flags(np.arange(4000), seed=0, epoch=epoch) for epoch in (0, 1)]
+    flags = [flip_flags(np.arange(4000), seed=0, epoch=epoch) for epoch in (0, 1)]
     assert all(abs(f.mean() - 0.5) < 4 / math.sqrt(4 * 4000) for f in flags)
     assert abs((flags[0] == flags[1]).mean() - 0.5) < 4 / math.sqrt(4 * 4000)
 
@@ -326,7 +327,7 @@ def test_batches_agree_with_pillow(source: Mixture):
     for batch in batches(source, first_step=2, last_step=5):
         ids = batch.ids.numpy()
         windows = crop_windows(ids, source.sizes[ids], seed=3, epoch=batch.epoch, scale=SCALE, ratio=RATIO)
-        flips = data.flip_flags(ids, seed=3, epoch=batch.epoch)
+        flips = flip_flags(ids, seed=3, epoch=batch.epoch)
         assert batch.images.dtype == torch.uint8 and batch.images.shape == (16, 24, 24, 3)
         assert batch.wait_ms > 0
         for image, i, window, flip in zip(batch.images.numpy(), ids, windows, flips, strict=True):

@@ -21,8 +21,8 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cjepa_fast import checkpoint
-from cjepa_fast.data import epoch_order
 from cjepa_fast.train import main
+from cjepa_fast.views import epoch_order
 
 STEPS = 12
 SMALL = (
