@@ -160,6 +160,7 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
     ("setting", "tolerance"),
     [
         (["--runtime.prefetch", "4"], 0),
+        (["--runtime.hw-decoder-load", "0"], 0),
         (["--runtime.data-threads", "3"], 0),
         (["--runtime.accumulate", "2"], 1e-5),
         (["--runtime.cpu-threads", "2"], 1e-5),
