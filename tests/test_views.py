@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from cjepa_fast import views
 from cjepa_fast.errors import UserError
 from cjepa_fast.manifest import Mixture
 from cjepa_fast.philox import philox4x32
-from cjepa_fast.views import batch_ids, crop_windows, epoch_order, flip_flags
-from pictures import RATIO, SCALE, batches, fifty
+from cjepa_fast.views import Photometric, batch_ids, crop_windows, epoch_order, flip_flags
+from pictures import RATIO, SCALE, batches, fifty, opened, picture
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -189,3 +193,231 @@ def test_half_of_the_images_are_flipped():
     flags = [flip_flags(np.arange(4000), seed=0, epoch=epoch) for epoch in (0, 1)]
     assert all(abs(f.mean() - 0.5) < 4 / math.sqrt(4 * 4000) for f in flags)
     assert abs((flags[0] == flags[1]).mean() - 0.5) < 4 / math.sqrt(4 * 4000)
+
+
+# --- photometric draws
+
+BYOL = Photometric(  # the asymmetric recipe, with solarise
+    color_jitter=(0.4, 0.4, 0.2, 0.1), grayscale_p=0.2, blur_p=(1.0, 0.1), solarize_p=(0.0, 0.2)
+)
+PLACE = {"seed": 1, "epoch": 0, "view": 1}
+
+
+def test_photometric_draws_are_pinned():
+    """These numbers may never change either."""
+    drawn = Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=1, blur_p=(1.0,), solarize_p=(0.5,)).draw(
+        np.arange(2), **PLACE
+    )
+    expected = {
+        "color": [
+            [[0.8953, 0.0981, 0.0521], [0.0791, 0.9607, 0.0056], [-0.0137, 0.179, 0.8801]],
+            [[0.8962, 0.0926, -0.0259], [0.0084, 0.9186, 0.0359], [0.1317, -0.0149, 0.8461]],
+        ],
+        "lift": [0.335, -0.0319],
+        "sigma": [1.6907, 0.4955],
+        "window": [13, 5],
+        "unsolarized": [0, 255],
+    }
+    assert {name: np.round(value.astype(float), 4).tolist() for name, value in drawn.items()} == expected
+
+
+def test_photometric_draws_depend_on_seed_epoch_id_visit_and_view_alone():
+    base = BYOL.draw(np.arange(300), **PLACE)
+    assert set(base) == {"color", "lift", "sigma", "window", "unsolarized"}
+    picked = np.array([70, 3, 3, 41])
+    for name, value in BYOL.draw(picked, **PLACE).items():
+        assert (value == base[name][picked]).all(), name
+    for change in ({"seed": 2}, {"epoch": 1}, {"repeats": 1}, {"view": 0}):
+        other = BYOL.draw(np.arange(300), **(PLACE | change))
+        assert (other["color"] != base["color"]).any(axis=(1, 2)).mean() > 0.8, change
+        assert (other["sigma"] != base["sigma"]).mean() > 0.99, change
+    whole = crop_windows(np.arange(300), np.full((300, 2), 99), seed=1, epoch=0, scale=SCALE, ratio=RATIO, view=1)
+    first = crop_windows(np.arange(300), np.full((300, 2), 99), seed=1, epoch=0, scale=SCALE, ratio=RATIO)
+    assert (whole != first).any(axis=1).mean() > 0.95
+    flips = [flip_flags(np.arange(300), seed=1, epoch=0, view=view) for view in (0, 1)]
+    assert 110 < (flips[0] != flips[1]).sum() < 190
+
+
+def test_what_cannot_happen_is_not_drawn():
+    assert Photometric().draw(np.arange(4), **PLACE) == {}
+    assert set(BYOL.draw(np.arange(4), seed=1, epoch=0, view=0)) == {"color", "lift", "sigma", "window"}
+    assert set(Photometric(color_jitter=(0.4, 0, 0, 0), color_jitter_p=0).draw(np.arange(4), **PLACE)) == set()
+    assert set(Photometric(grayscale_p=0.1).draw(np.arange(4), **PLACE)) == {"color", "lift"}
+    assert set(Photometric(solarize_p=(0.5,)).draw(np.arange(4), **PLACE)) == {"unsolarized"}
+
+
+def test_photometric_shares_and_ranges():
+    """Each within four standard deviations; the factors are read back from the matrices."""
+    n = 20000
+    drawn = BYOL.draw(np.arange(n), **PLACE)
+    color, lift = drawn["color"].astype(float), drawn["lift"].astype(float)
+
+    def share(of: np.ndarray, p: float) -> bool:
+        return abs(of.mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+    grey = np.ptp(color, axis=1).max(axis=1) < 1e-6  # all rows alike
+    jittered = np.abs(color.sum(axis=2)[:, 0] + lift - 1) > 1e-6  # brightness
+    assert share(grey, 0.2) and share(jittered, 0.8) and share(grey & jittered, 0.16)
+    assert share(drawn["unsolarized"] == 0, 0.2) and set(drawn["unsolarized"]) == {0, 255}
+    assert share(drawn["window"] > 1, 0.1)
+    blurred = drawn["window"] > 1
+    assert (drawn["window"][blurred] == 2 * np.ceil(3 * drawn["sigma"][blurred]) + 1).all()
+    untouched = ~jittered & ~grey
+    assert np.abs(color[untouched] - np.eye(3)).max() < 1e-6 and not lift[untouched].any()
+    gain = color[jittered].sum(axis=2)[:, 0]  # of grey pixels: brightness times contrast
+    brightness = gain + lift[jittered]
+    contrast = gain / brightness
+    for factor, reach in ((brightness, 0.4), (contrast, 0.4), (drawn["sigma"] - 1.05 + 1, 0.95)):
+        assert factor.min() >= 1 - reach - 1e-5 and factor.max() <= 1 + reach + 1e-5
+        assert abs(factor.mean() - 1) < 4 * reach / math.sqrt(3 * len(factor))
+        assert abs(factor.std() - reach / math.sqrt(3)) < 0.02 * reach
+    assert abs(np.corrcoef(brightness, contrast)[0, 1]) < 4 / math.sqrt(len(brightness))
+    colorful = jittered & ~grey
+    chroma = color[colorful] / color[colorful].sum(axis=2)[:, :1, None] - views._GREY
+    # chroma = s (cos C + sin K), with C C = C, K K = -C and the traces of C and K 2 and 0
+    along, across = (np.trace(x, axis1=1, axis2=2) / 2 for x in (chroma, -chroma @ views._TURNED))
+    hue, saturation = np.arctan2(across, along) / (2 * np.pi), np.hypot(along, across)
+    for factor, reach in ((saturation, 0.2), (1 + hue, 0.1)):
+        assert factor.min() >= 1 - reach - 1e-5 and factor.max() <= 1 + reach + 1e-5
+        assert abs(factor.mean() - 1) < 4 * reach / math.sqrt(3 * len(factor))
+
+
+# --- photometric pixels, against Pillow's (torchvision's) operations and NumPy
+
+SIDE = 64
+WHOLE = {"image_size": SIDE, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "hflip": False, "last_step": 1}
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """24 PNG files that no crop or resize changes, some so dark or bright that colours clip."""
+    root = tmp_path_factory.mktemp("squares")
+    for i in range(24):
+        light = (0.4, 1.0, 1.6)[i % 3]
+        picture(i, SIDE, SIDE).point(lambda v, light=light: min(255, int(v * light))).save(root / f"{i:02d}.png")
+    return opened(root)
+
+
+def pixels(source: Mixture, photometric: Photometric | None) -> tuple[np.ndarray, np.ndarray]:
+    (batch,) = batches(source, batch_size=24, photometric=photometric, **WHOLE)
+    return batch.ids.numpy(), batch.images.numpy()
+
+
+def distance(source: Mixture, photometric: Photometric, oracle: Callable[[Image.Image, int], Any]) -> tuple[int, float]:
+    """Greatest and mean distance in levels to oracle(image, its place in the batch)."""
+    _, before = pixels(source, None)
+    _, after = pixels(source, photometric)
+    expected = np.stack([np.asarray(oracle(Image.fromarray(image), k)) for k, image in enumerate(before)])
+    difference = np.abs(after.astype(int) - expected)
+    return int(difference.max()), float(difference.mean())
+
+
+def uniforms(ids: np.ndarray) -> np.ndarray:
+    words = [views._draw(ids, block, seed=3, epoch=0, stream=views._PHOTO) for block in range(3)]
+    return ((np.concatenate(words, axis=1) + 0.5) / 2**32).T
+
+
+@pytest.mark.parametrize(
+    ("which", "enhance"), [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)]
+)
+def test_jitter_is_pillows(squares: Mixture, which: int, enhance: Any):
+    """Within a level: Pillow cuts fractions off, we round, hence the mean of half a level."""
+    jitter = (0.4 * (which == 0), 0.4 * (which == 1), 0.4 * (which == 2), 0.0)
+    ids, _ = pixels(squares, None)
+    factors = 0.6 + 0.8 * uniforms(ids)[1 + which]
+    photometric = Photometric(color_jitter=jitter, color_jitter_p=1.0)
+    most, mean = distance(squares, photometric, lambda image, k: enhance(image).enhance(factors[k]))
+    assert most <= 1 and mean < 0.6
+
+
+def test_jitter_at_once_is_near_torchvisions_one_after_the_other(squares: Mixture):
+    """They differ where a step clips: by 1.9 to 2.5 levels on average in these pictures, a third of which are glaring."""
+    ids, _ = pixels(squares, None)
+    u = uniforms(ids)
+    factors = [0.6 + 0.8 * u[1], 0.6 + 0.8 * u[2], 0.8 + 0.4 * u[3]]
+    for order in itertools.permutations(range(3)):
+
+        def oracle(image: Image.Image, k: int, order: tuple[int, ...] = order) -> Image.Image:
+            for step in order:
+                kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
+                image = kind(image).enhance(factors[step][k])
+            return image
+
+        most, mean = distance(squares, Photometric(color_jitter=(0.4, 0.4, 0.2, 0), color_jitter_p=1.0), oracle)
+        assert mean < 3, (order, most, mean)
+
+
+def test_hue_turns_chroma_in_yiq(squares: Mixture):
+    """Within a level of the definition; by a third of a turn red becomes green, as in Pillow's HSV."""
+    ids, _ = pixels(squares, None)
+    turns = (2 * uniforms(ids)[4] - 1) * 0.5
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+
+    def oracle(image: Image.Image, k: int) -> np.ndarray:
+        yiq = np.asarray(image) @ to_yiq.T
+        chroma = (yiq[..., 1] + 1j * yiq[..., 2]) * np.exp(-2j * np.pi * turns[k])
+        turned = np.stack([yiq[..., 0], chroma.real, chroma.imag], axis=-1) @ np.linalg.inv(to_yiq).T
+        return np.clip(np.rint(turned), 0, 255).astype(int)
+
+    most, mean = distance(squares, Photometric(color_jitter=(0, 0, 0, 0.5), color_jitter_p=1.0), oracle)
+    assert most <= 1 and mean < 0.01
+    angle = 2 * np.pi / 3
+    red, green, blue = (views._GREY + np.cos(angle) * views._CHROMA + np.sin(angle) * views._TURNED) @ [1, 0, 0]
+    assert green > max(red, blue) + 0.5, (red, green, blue)
+
+
+def test_grayscale_is_pillows(squares: Mixture):
+    most, mean = distance(squares, Photometric(grayscale_p=1.0), lambda image, _: image.convert("L").convert("RGB"))
+    assert most <= 1 and mean < 0.01
+
+
+def test_solarize_is_pillows(squares: Mixture):
+    assert distance(squares, Photometric(solarize_p=(1.0,)), lambda image, _: ImageOps.solarize(image)) == (0, 0)
+
+
+def test_blur_is_gaussian(squares: Mixture):
+    """Within a level of the definition, mirrored at the border, and five of Pillow's row of box filters."""
+    photometric = Photometric(blur_p=(1.0,))
+    ids, _ = pixels(squares, None)
+    sigma = 0.1 + 1.9 * uniforms(ids)[7]
+
+    def definition(image: Image.Image, k: int) -> np.ndarray:
+        reach = math.ceil(3 * sigma[k])
+        weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma[k] ** 2))
+        padded = np.pad(np.asarray(image, float), ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+        weights /= weights.sum()
+        rows = np.sum([w * padded[i : i + SIDE] for i, w in enumerate(weights)], axis=0)
+        return np.rint(np.sum([w * rows[:, i : i + SIDE] for i, w in enumerate(weights)], axis=0)).astype(int)
+
+    most, mean = distance(squares, photometric, definition)
+    assert most <= 1 and mean < 0.01
+    most, mean = distance(
+        squares, photometric, lambda image, k: image.filter(ImageFilter.GaussianBlur(float(sigma[k])))
+    )
+    assert most <= 5 and mean < 0.5
+
+
+def test_operations_follow_in_the_order_given(squares: Mixture):
+    """Grey, then blur, then solarise: the order is seen, as solarise is not linear and blur rounds."""
+    photometric = Photometric(grayscale_p=1.0, blur_p=(1.0,), blur_sigma=(1.5, 1.5), solarize_p=(1.0,))
+
+    def oracle(image: Image.Image, _: int) -> Image.Image:
+        grey = image.convert("L").convert("RGB")
+        return ImageOps.solarize(grey.filter(ImageFilter.GaussianBlur(1.5)))
+
+    most, mean = distance(squares, photometric, oracle)
+    assert most <= 4 and mean < 0.6
+
+
+def test_images_not_drawn_are_left_alone(squares: Mixture):
+    """Although the operators run over the whole batch."""
+    ids, before = pixels(squares, None)
+    rare = Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=0.3, blur_p=(0.3,), solarize_p=(0.3,))
+    _, after = pixels(squares, rare)
+    u = uniforms(ids)
+    spared = (u[0] >= 0.3) & (u[6] >= 0.3) & (u[8] >= 0.3)
+    assert 3 < spared.sum() < 20
+    same = (after == before).all(axis=(1, 2, 3))
+    assert (
+        same[spared].all() and same[~spared].sum() <= 2
+    )  # a narrow blur, or solarise where all is dark, shows nothing
