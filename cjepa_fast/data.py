@@ -1,10 +1,9 @@
-"""Indexed images to uint8 batches: order, crop windows, reading ahead, decoding by NVIDIA DALI, and bad images.
+"""Indexed images to uint8 batches: reading ahead, decoding and augmenting by NVIDIA DALI, and bad images.
 
-Nothing here keeps random state. The order of an epoch, the crop window and the flip of an image are pure
-functions of (seed, epoch, image id) drawn from Philox, so a run resumes from its step alone and sees the same
-pixels whatever the number of ranks, threads or prefetched batches. DALI decodes and resizes: it draws nothing.
+What is shown when is drawn in `cjepa_fast.views` and fed to DALI as tensors: DALI draws nothing, so a run resumes from
+its step alone and sees the same pixels whatever the number of ranks, threads or prefetched batches.
 
-Legend: n images in the source, b images of one rank (the global batch over world_size), H = W = image_size.
+Legend: b images of one rank (the global batch over world_size), V views, H = W = image_size.
 """
 
 from __future__ import annotations
@@ -18,150 +17,23 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cjepa_fast.errors import UserError
 from cjepa_fast.manifest import Mixture, SampleError
-from cjepa_fast.philox import philox4x32
+from cjepa_fast.views import MAX_VIEWS, Photometric, batch_ids, crop_windows, flip_flags
 
 if TYPE_CHECKING:
     import torch
 
-# The last counter word keeps the streams of one seed apart; the mask sampler's stay below 2**30 there.
-_ORDER, _CROP, _FLIP = (int.from_bytes(tag, "little") for tag in (b"ordr", b"crop", b"flip"))
-
-_CROP_ATTEMPTS = 10  # torchvision.transforms.RandomResizedCrop
 _PAUSES = (1.0, 5.0, 30.0)  # seconds before trying again to read from storage that seems gone
 _ALARM, _PATIENCE = 60.0, 10  # seconds without an image until that is said, and how often until it is an error
-_STAND_IN = 2**23  # the visit of an image that stands in for a bad one: no weight gives an epoch that many
 
 log = logging.getLogger(__name__)
 
 _Part = Future[tuple[list["np.ndarray"], dict[int, str]]]  # encoded images of a part of a batch; why some are not
-
-
-# --- what to show when: pure functions of (seed, epoch, id)
-
-
-def _draw(
-    index: np.ndarray, attempt: int, *, seed: int, epoch: int, stream: int, repeats: np.ndarray | int = 0
-) -> np.ndarray:
-    """Four uint32 words per index, [len(index), 4]."""
-    counter = np.empty((len(index), 4), dtype=np.uint32)
-    counter[:, 0] = index
-    counter[:, 1] = attempt + 256 * np.asarray(repeats)
-    counter[:, 2:] = epoch, stream
-    return philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
-
-
-def _uniform(words: np.ndarray) -> np.ndarray:
-    """uint32 words to float64 in the open interval (0, 1)."""
-    return (words + 0.5) * 2.0**-32
-
-
-@lru_cache(maxsize=2)  # a step costs microseconds, the order of ImageNet a third of a second
-def epoch_order(n: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order of epoch `epoch`: a read-only int64 permutation of range(n).
-
-    Sorts random 64-bit keys, ties by id. Sorting has one right answer, so unlike a library's shuffle the
-    result cannot change with the version of NumPy or the machine.
-    """
-    words = _draw(np.arange((n + 1) // 2), 0, seed=seed, epoch=epoch, stream=_ORDER).astype(np.uint64)
-    keys = (words[:, ::2] << np.uint64(32) | words[:, 1::2]).reshape(-1)[:n]
-    order = np.argsort(keys, kind="stable").astype(np.int64)
-    order.flags.writeable = False
-    return order
-
-
-@lru_cache(maxsize=2)
-def _epoch_visits(source: Mixture, *, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shuffled: the ids that an epoch visits, and which visit of the id each is."""
-    ids, repeats = source.epoch(seed=seed, epoch=epoch)
-    order = epoch_order(len(ids), seed=seed, epoch=epoch)
-    return ids[order], repeats[order]
-
-
-def batch_ids(
-    source: Mixture, *, seed: int, step: int, batch_size: int, skipped: Collection[int] = ()
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """The epoch of global step `step`, the image ids of its global batch, and which visit of the epoch each one is.
-
-    An epoch has source.visits // batch_size steps. The source.visits % batch_size images left over are other ones
-    each epoch. In the place of a skipped image stands the one half an epoch further on (the first from there that is
-    not skipped, around the end): it is hardly ever in the same batch, and its crop is drawn anew.
-
-    Returns:
-        epoch; ids, int64 [batch_size]; repeats, int64 [batch_size], 0 for the first visit.
-
-    Raises:
-        UserError: a batch is larger than an epoch, or every image is skipped.
-    """
-    n = source.visits
-    if batch_size > n:
-        raise UserError(f"batch_size={batch_size} is larger than the {n} images of an epoch; lower it to at most {n}")
-    epoch, at = divmod(step, n // batch_size)
-    ids, repeats = _epoch_visits(source, seed=seed, epoch=epoch)
-    start = at * batch_size
-    chosen, visits = ids[start : start + batch_size].copy(), repeats[start : start + batch_size].copy()
-    bad = np.fromiter(skipped, dtype=np.int64, count=len(skipped))
-    for i in np.flatnonzero(np.isin(chosen, bad)):
-        around = np.roll(ids, -(start + i + n // 2))
-        good = np.flatnonzero(~np.isin(around, bad))
-        if not len(good):
-            raise UserError("none of the images is left that is not bad; restore them")
-        chosen[i], visits[i] = around[good[0]], _STAND_IN
-    return epoch, chosen, visits
-
-
-def crop_windows(
-    ids: np.ndarray,
-    sizes: np.ndarray,
-    *,
-    seed: int,
-    epoch: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    repeats: np.ndarray | int = 0,
-) -> np.ndarray:
-    """Random resized crops: int32 windows [b, 4] of (top, left, height, width) in pixels, inside the image.
-
-    As `torchvision.transforms.RandomResizedCrop` defines them (Szegedy et al., 2015): an area uniform in
-    `scale` times the image's, an aspect ratio width / height log-uniform in `ratio`, a uniform position;
-    after ten windows that do not fit, the largest central one within `ratio`.
-
-    Args:
-        ids: int64 [b]; the only thing, with seed, epoch and repeats, that the draws depend on.
-        sizes: int32 [b, 2], height and width of these images.
-        repeats: int64 [b], which visit of the image in this epoch it is, 0 for the first.
-    """
-    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
-    low, high = ratio
-    repeats = np.broadcast_to(repeats, ids.shape)
-    h = np.where(width < height * low, np.rint(width / low), height)
-    w = np.where(width > height * high, np.rint(height * high), width)
-    windows = np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1)
-    open_ = np.arange(len(ids))
-    for attempt in range(_CROP_ATTEMPTS):
-        words = _draw(ids[open_], attempt, seed=seed, epoch=epoch, stream=_CROP, repeats=repeats[open_])
-        u = _uniform(words)
-        area = height[open_] * width[open_] * (scale[0] + u[:, 0] * (scale[1] - scale[0]))
-        aspect = np.exp(np.log(low) + u[:, 1] * (np.log(high) - np.log(low)))
-        w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-        fits = (w >= 1) & (h >= 1) & (w <= width[open_]) & (h <= height[open_])
-        top, left = np.floor(u[:, 2] * (height[open_] - h + 1)), np.floor(u[:, 3] * (width[open_] - w + 1))
-        windows[open_[fits]] = np.stack([top, left, h, w], axis=1)[fits]
-        open_ = open_[~fits]
-        if not len(open_):
-            break
-    return windows.astype(np.int32)
-
-
-def flip_flags(ids: np.ndarray, *, seed: int, epoch: int, repeats: np.ndarray | int = 0) -> np.ndarray:
-    """Whether each image is mirrored left to right, bool [len(ids)], with probability 1/2."""
-    return _draw(ids, 0, seed=seed, epoch=epoch, stream=_FLIP, repeats=repeats)[:, 0] >= 2**31
 
 
 # --- batches
@@ -210,7 +82,7 @@ class Batch:
     step: int
     epoch: int
     ids: torch.Tensor  # int64 [b] on the CPU, image ids in the whole data set
-    images: torch.Tensor  # uint8 [b, H, W, 3] on the requested device, RGB
+    images: torch.Tensor  # uint8 [b, H, W, 3], or [V, b, H, W, 3] of several views, on the requested device, RGB
     wait_ms: float  # how long the caller was blocked for it
 
 
@@ -219,12 +91,21 @@ class Batches:
 
     Rank r gets images [r * b, (r + 1) * b) of the global batch: concatenated over the ranks, the batch is the
     same for any world size. The images stay valid as long as they are referenced: DALI's dynamic executor
-    hands over a reference-counted buffer through DLPack, so nothing is copied and nothing overwritten later.
+    hands over a reference-counted buffer through DLPack, so nothing is copied and nothing overwritten later. On a GPU
+    DALI works on streams of its own, one batch ahead: the caller's current stream waits for their event, the host does
+    not, and the memory is given back in the order of that stream.
+
+    Several views lie image by image in memory, so images[v] is a strided [b, H, W, 3]. Their photometric draws are
+    independent; window and flip are shared, so that patches of the views correspond and an image is decoded once.
 
     Args:
         batch_size: global; a multiple of `world_size` and at most source.visits.
         device: "cpu", or "cuda:i" to decode (JPEG) and resize there.
         threads: CPU threads that decode; as many read.
+        photometric: changes of colour and sharpness; none by default.
+        views: V, of every image.
+        independent_crops: every view gets a window and a flip of its own, view 0 those of a single view, as
+            evaluation by augmentation wants it (LiDAR, Thilak et al., 2023). Whole images are decoded then.
         prefetch: batches in flight; with 1 nothing is decoded while the caller computes.
         hw_decoder_load: share of the JPEGs given to the GPU's hardware decoder, where it has one.
         bad: what is known of bad images, and what to do about another one: by default an error. To skip it starts the
@@ -249,6 +130,9 @@ class Batches:
         crop_scale: tuple[float, float],
         crop_ratio: tuple[float, float],
         hflip: bool = False,
+        photometric: Photometric | None = None,
+        views: int = 1,
+        independent_crops: bool = False,
         device: str = "cpu",
         threads: int = 1,
         prefetch: int = 2,
@@ -258,17 +142,30 @@ class Batches:
         assert 0 <= rank < world_size, (rank, world_size)
         if batch_size % world_size:
             raise UserError(f"batch_size={batch_size} is not a multiple of {world_size} ranks; make it one")
+        assert 1 <= views <= MAX_VIEWS, views
         # A batch larger than the data set fails now, not at the first step.
         batch_ids(source, seed=seed, step=first_step, batch_size=batch_size)
-        fn, types = _dali()
-        decoder = _decoder_options(device, hw_decoder_load)
+        _dali()  # missing, it is told now
         known = bad or BadImages(source)
+        cropped = views if independent_crops else 1  # views with a window of their own
 
-        def graph(files: Any, anchor: Any, shape: Any, flip: Any = None) -> Any:
-            images = fn.decoders.image_slice(files, anchor, shape, axis_names="HW", **decoder)
-            # The triangular filter is bilinear with antialias: Pillow's and so torchvision's BILINEAR.
-            images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_TRIANGULAR)
-            return images if flip is None else fn.flip(images, horizontal=flip)
+        def graph(files: Any, given: dict[str, Any]) -> Any:
+            crops = _cropped(files, given, cropped, image_size, device, hw_decoder_load)
+            if views == 1:
+                return _changed(crops[0], given, 0, device)
+            return _dali()[0].stack(*(_changed(crops[v % cropped], given, v, device) for v in range(views)))
+
+        def draw(ids: np.ndarray, sizes: np.ndarray, **place: Any) -> dict[str, np.ndarray]:
+            drawn: dict[str, np.ndarray] = {}
+            for v in range(views):
+                if v < cropped:
+                    windows = crop_windows(ids, sizes, scale=crop_scale, ratio=crop_ratio, view=v, **place)
+                    drawn[f"anchor {v}"], drawn[f"shape {v}"] = windows[:, :2], windows[:, 2:]
+                    if hflip:
+                        drawn[f"flip {v}"] = flip_flags(ids, view=v, **place).astype(np.int32)
+                changes = photometric.draw(ids, view=v, **place) if photometric else {}
+                drawn |= {f"{name} {v}": value for name, value in changes.items()}
+            return {name: np.ascontiguousarray(value) for name, value in drawn.items()}
 
         per_rank = batch_size // world_size
         mine = slice(rank * per_rank, (rank + 1) * per_rank)
@@ -277,18 +174,16 @@ class Batches:
             while last_step is None or step < last_step:
                 epoch, ids, repeats = batch_ids(source, seed=seed, step=step, batch_size=batch_size, skipped=known.ids)
                 ids, repeats = ids[mine], repeats[mine]
-                draw = {"seed": seed, "epoch": epoch, "repeats": repeats}
-                windows = crop_windows(ids, source.sizes[ids], scale=crop_scale, ratio=crop_ratio, **draw)
-                inputs = [windows[:, :2], windows[:, 2:]]
-                if hflip:
-                    inputs.append(flip_flags(ids, **draw).astype(np.int32))
-                yield _Request(ids=ids, inputs=list(map(np.ascontiguousarray, inputs)), step=step, epoch=epoch)
+                inputs = draw(ids, source.sizes[ids], seed=seed, epoch=epoch, repeats=repeats)
+                yield _Request(ids=ids, inputs=inputs, step=step, epoch=epoch)
                 step += 1
 
+        none = np.arange(0)
         options = _Options(
-            graph=graph, inputs=3 if hflip else 2, batch_size=per_rank, device=device, threads=threads,
-            prefetch=prefetch,
+            graph=graph, inputs=tuple(draw(none, source.sizes[none], seed=seed, epoch=0, repeats=none)),
+            batch_size=per_rank, device=device, threads=threads, prefetch=prefetch,
         )  # fmt: skip
+        self._views = views
         self._decoded = _decode(source, plan, options, first=first_step, bad=known)
 
     def __iter__(self) -> Batches:
@@ -303,7 +198,7 @@ class Batches:
             step=request.step,
             epoch=request.epoch,
             ids=torch.from_numpy(request.ids.copy()),
-            images=images,
+            images=images if self._views == 1 else images.transpose(0, 1),
             wait_ms=(time.perf_counter() - start) * 1e3,
         )
 
@@ -333,11 +228,11 @@ def center_batches(
     """
     known = bad or BadImages(source)
     fn, types = _dali()
-    decoder = _decoder_options(device, 0.65)
 
-    def graph(files: Any, size: Any, corner: Any) -> Any:
-        images = fn.resize(fn.decoders.image(files, **decoder), size=size, interp_type=types.INTERP_TRIANGULAR)
-        return fn.slice(images, corner, [image_size, image_size], axis_names="HW")
+    def graph(files: Any, given: dict[str, Any]) -> Any:
+        images = fn.decoders.image(files, **_decoder_options(device))
+        images = fn.resize(images, size=given["size"], interp_type=types.INTERP_TRIANGULAR)
+        return fn.slice(images, given["corner"], [image_size, image_size], axis_names="HW")
 
     def plan(step: int) -> Iterator[_Request]:
         for start in range(step * batch_size, len(ids), batch_size):
@@ -346,9 +241,12 @@ def center_batches(
             short = size.min(axis=1, keepdims=True)
             size = size * np.where(short <= image_size, image_size, image_size * 256 // 224) // short
             corner = np.rint((size - image_size) / 2).astype(np.int32)
-            yield _Request(ids=chunk, inputs=[size.astype(np.float32), corner], step=start // batch_size)
+            inputs = {"size": size.astype(np.float32), "corner": corner}
+            yield _Request(ids=chunk, inputs=inputs, step=start // batch_size)
 
-    options = _Options(graph=graph, inputs=2, batch_size=batch_size, device=device, threads=threads, prefetch=2)
+    options = _Options(
+        graph=graph, inputs=("size", "corner"), batch_size=batch_size, device=device, threads=threads, prefetch=2
+    )
     return (images for _, images in _decode(source, plan, options, first=0, bad=known))
 
 
@@ -369,10 +267,10 @@ def _with_its_label(source: Mixture, i: int, bad: Collection[int]) -> int:
 
 @dataclass(kw_only=True, eq=False)
 class _Request:
-    """One batch to decode: the images, and the graph's inputs for them besides the encoded bytes."""
+    """One batch to decode: the images, and the graph's inputs for them besides the encoded bytes, by name."""
 
     ids: np.ndarray
-    inputs: list[np.ndarray]
+    inputs: dict[str, np.ndarray]
     step: int
     epoch: int = 0
     encoded: list[np.ndarray] = field(default_factory=list)  # uint8 [bytes] each
@@ -381,10 +279,10 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """How a pipeline is built; `graph(files, *inputs)` makes the images of encoded bytes."""
+    """How a pipeline is built; `graph(files, inputs by name)` makes the images of encoded bytes."""
 
-    graph: Callable[..., Any]
-    inputs: int
+    graph: Callable[[Any, dict[str, Any]], Any]
+    inputs: tuple[str, ...]
     batch_size: int
     device: str
     threads: int
@@ -408,9 +306,55 @@ def _dali() -> tuple[Any, Any]:
     return fn, types
 
 
-def _decoder_options(device: str, hw_decoder_load: float) -> dict[str, Any]:
-    # "mixed" decodes JPEGs on the GPU and hands formats the GPU does not know to the CPU decoder.
-    return {"device": "cpu"} if device == "cpu" else {"device": "mixed", "hw_decoder_load": hw_decoder_load}
+def _decoder_options(device: str, hw_decoder_load: float = 0.65) -> dict[str, Any]:
+    if device == "cpu":
+        return {"device": "cpu"}
+    # "mixed" decodes JPEGs on the GPU and hands formats the GPU does not know to the CPU decoder. Fancy upsampling is
+    # the CPU's way with chroma of half the resolution; DALI's default for the GPU is another.
+    return {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
+
+
+def _cropped(
+    files: Any, given: dict[str, Any], crops: int, image_size: int, device: str, hw_decoder_load: float
+) -> list[Any]:
+    """Windows "anchor v", "shape v" of encoded images, resized to squares and flipped by "flip v": uint8 HWC."""
+    fn, types = _dali()
+    decoder = _decoder_options(device, hw_decoder_load)
+    whole = fn.decoders.image(files, **decoder) if crops > 1 else None
+    found = []
+    for v in range(crops):
+        window = (given[f"anchor {v}"], given[f"shape {v}"])
+        if whole is None:
+            images = fn.decoders.image_slice(files, *window, axis_names="HW", **decoder)  # decodes the window alone
+        else:
+            images = fn.slice(whole, *window, axis_names="HW")
+        # The triangular filter is bilinear with antialias: Pillow's and so torchvision's BILINEAR.
+        images = fn.resize(images, size=[image_size, image_size], interp_type=types.INTERP_TRIANGULAR)
+        flip = given.get(f"flip {v}")
+        found.append(images if flip is None else fn.flip(images, horizontal=flip))
+    return found
+
+
+def _changed(images: Any, given: dict[str, Any], view: int, device: str) -> Any:
+    """Images after `Photometric.draw` for a view: uint8 HWC, rounded once after colour, blur and solarise each."""
+    from nvidia.dali import math
+
+    fn, types = _dali()
+
+    def operand(name: str) -> Any:  # where the images are, unlike arguments, which stay on the CPU
+        node = given[f"{name} {view}"]
+        return node if device == "cpu" else node.gpu()
+
+    if f"color {view}" in given:
+        grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+        colored = fn.coord_transform(images, M=given[f"color {view}"]) + operand("lift") * fn.reductions.mean(grey)
+        images = fn.cast(colored, dtype=types.UINT8)  # rounds and saturates
+    if f"sigma {view}" in given:
+        images = fn.gaussian_blur(images, sigma=given[f"sigma {view}"], window_size=given[f"window {view}"])
+    if f"unsolarized {view}" in given:
+        inverted = images ^ types.Constant(np.uint8(255))
+        images = math.min(images, inverted | operand("unsolarized"))  # of x and 255 - x the darker one
+    return images
 
 
 def _decode(
@@ -459,7 +403,7 @@ def _stream(
         if request is None:
             raise StopIteration  # tells DALI that the data ends here
         in_flight.append(request)
-        return [request.encoded, *request.inputs]
+        return [request.encoded, *(request.inputs[name] for name in options.inputs)]
 
     try:
         pipeline = Pipeline(
@@ -470,8 +414,8 @@ def _stream(
         )
         with pipeline:
             # Copying the encoded images would take milliseconds of the caller's time.
-            files, *rest = fn.external_source(source=supply, num_outputs=1 + options.inputs, no_copy=True)
-            pipeline.set_outputs(options.graph(files, *rest))
+            files, *rest = fn.external_source(source=supply, num_outputs=1 + len(options.inputs), no_copy=True)
+            pipeline.set_outputs(options.graph(files, dict(zip(options.inputs, rest, strict=True))))
         while True:
             try:
                 (images,) = pipeline.run(None if gpu is None else torch.cuda.current_stream(gpu))
@@ -603,7 +547,7 @@ def _faults(source: Mixture, request: _Request, options: _Options) -> dict[int, 
     alone = replace(options, batch_size=1, prefetch=1, threads=1)
     for k, i in enumerate(request.ids.tolist()):
         one = slice(k, k + 1)
-        single = _Request(ids=request.ids[one], inputs=[x[one] for x in request.inputs], step=0)
+        single = _Request(ids=request.ids[one], inputs={name: x[one] for name, x in request.inputs.items()}, step=0)
         try:
             list(_stream(source, iter([single]), alone))
         except _Failed:

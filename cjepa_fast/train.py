@@ -33,6 +33,7 @@ from cjepa_fast.meter import Meter
 from cjepa_fast.probe import Probe
 from cjepa_fast.run import CHECKPOINTS, INDEX, RunDirectory, refuse_existing, require_sinks
 from cjepa_fast.step import LossWeights, Networks, forward_backward
+from cjepa_fast.views import Photometric
 
 COLLAPSED = 0.1  # a feature_std under this share of the untrained encoder's is called a collapse
 
@@ -186,11 +187,15 @@ def train(command: cli.Command, world: config.World) -> int:
         records.say(f"run directory: {directory}")
         if untrained is not None:
             records.say(f"20-NN top-1 of the untrained encoder: {untrained:.1%}")
+    photometric = Photometric(
+        color_jitter=c.data.color_jitter, color_jitter_p=c.data.color_jitter_p, grayscale_p=c.data.grayscale_p,
+        blur_p=c.data.blur_p, blur_sigma=c.data.blur_sigma, solarize_p=c.data.solarize_p,
+    )  # fmt: skip
     batches = data.Batches(
         source, batch_size=c.optim.batch_size, rank=world.rank, world_size=world.size, image_size=c.model.image_size,
         seed=c.seed, first_step=first_step, last_step=steps, crop_scale=c.data.crop_scale, crop_ratio=c.data.crop_ratio,
-        hflip=c.data.hflip, device=str(device), threads=c.runtime.data_threads, prefetch=c.runtime.prefetch,
-        bad=bad,
+        hflip=c.data.hflip, photometric=photometric, views=c.data.views, device=str(device),
+        threads=c.runtime.data_threads, prefetch=c.runtime.prefetch, hw_decoder_load=c.runtime.hw_decoder_load, bad=bad,
     )  # fmt: skip
 
     every = [c.run.log_every, c.run.checkpoint_every, *([c.run.probe_every] if probe and c.run.probe_every else [])]

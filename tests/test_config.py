@@ -149,6 +149,30 @@ BAD_FLAGS = [
     ("--data.root", "--data.root: expected text or several, got nothing"),
     ("--data.index fast", "--data.index: expected one of quick, thorough, got 'fast'"),
     ("--data.max-pixels 0", "data.max_pixels: 0 is out of range; use at least 1"),
+    ("--data.views 3", "data.views: 3 is out of range; use 1 or 2"),
+    (
+        "--data.color-jitter 0.4 0.4 0.2 0.6",
+        "data.color_jitter: (0.4, 0.4, 0.2, 0.6) is out of range; use BRIGHTNESS CONTRAST SATURATION HUE of at least 0,"
+        " HUE at most 0.5",
+    ),
+    (
+        "--data.color-jitter 0.4 0.4 0.2",
+        "--data.color-jitter: expected 4 numbers, got '0.4 0.4 0.2'",
+    ),
+    ("--data.color-jitter-p 1.5", "data.color_jitter_p: 1.5 is out of range; use 0 to 1"),
+    ("--data.grayscale-p -1", "data.grayscale_p: -1.0 is out of range; use 0 to 1"),
+    ("--data.blur-p 1.0 1.1 --data.views 2", "data.blur_p: (1.0, 1.1) is out of range; use numbers from 0 to 1"),
+    ("--data.blur-p 1.0 0.1", "data.blur_p: (1.0, 0.1) has 2 numbers; use one, or one for each of data.views"),
+    (
+        "--data.solarize-p 0 0.2 0.2 --data.views 2",
+        "data.solarize_p: (0.0, 0.2, 0.2) has 3 numbers; use one, or one for each of data.views",
+    ),
+    ("--data.blur-sigma 2 1", "data.blur_sigma: (2.0, 1.0) is no range; use LOW HIGH with 0 < LOW <= HIGH"),
+    (
+        "--data.blur-sigma 0.1 20 --data.blur-p 0.5",
+        "data.blur_sigma: (0.1, 20.0) reaches farther (3 times as far) than the 48 pixels of a crop; use at most 15",
+    ),
+    ("--runtime.hw-decoder-load 2", "runtime.hw_decoder_load: 2.0 is out of range; use 0 to 1"),
     ("--run.log-every 0", "run.log_every: 0 is out of range; use at least 1"),
     ("--run.keep-checkpoints 1", "run.keep_checkpoints: 1 is out of range; use at least 2"),
     ("--seed -1", "seed: -1 is out of range; use 0 to 2**63 - 1"),

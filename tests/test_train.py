@@ -21,8 +21,8 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cjepa_fast import checkpoint
-from cjepa_fast.data import epoch_order
 from cjepa_fast.train import main
+from cjepa_fast.views import epoch_order
 
 STEPS = 12
 SMALL = (
@@ -160,6 +160,7 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
     ("setting", "tolerance"),
     [
         (["--runtime.prefetch", "4"], 0),
+        (["--runtime.hw-decoder-load", "0"], 0),
         (["--runtime.data-threads", "3"], 0),
         (["--runtime.accumulate", "2"], 1e-5),
         (["--runtime.cpu-threads", "2"], 1e-5),

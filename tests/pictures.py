@@ -1,0 +1,73 @@
+"""Pictures to feed, and what `cjepa_fast.data.Batches` makes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from cjepa_fast.data import Batches
+from cjepa_fast.index import open_sources
+from cjepa_fast.manifest import Mixture
+
+SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    """A smooth colourful image: noise would only measure how decoders differ in their last bit."""
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def opened(*roots: object) -> Mixture:
+    return open_sources(list(map(str, roots)))
+
+
+def fifty(root: Path) -> Mixture:
+    """50 images of many sizes in two classes."""
+    rng = np.random.default_rng(0)
+    for i in range(50):
+        folder = root / ("even", "odd")[i % 2]
+        folder.mkdir(exist_ok=True)
+        height, width = rng.integers(20, 90, 2)
+        picture(i, int(height), int(width)).save(folder / f"{i}.jpg", quality=90)
+    return opened(root)
+
+
+def batches(source: Mixture, **changes) -> Batches:
+    options = {
+        "batch_size": 16,
+        "image_size": 24,
+        "seed": 3,
+        "crop_scale": SCALE,
+        "crop_ratio": RATIO,
+        "hflip": True,
+        "last_step": 7,  # two epochs of three steps and one more
+    }
+    return Batches(source, **(options | changes))
+
+
+def pillow_view(path: str, window: np.ndarray, image_size: int) -> np.ndarray:
+    top, left, height, width = (int(v) for v in window)
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    crop = upright.crop((left, top, left + width, top + height))
+    return np.asarray(crop.resize((image_size, image_size), Image.Resampling.BILINEAR))
+
+
+def images_by_step(source: Mixture, **changes) -> dict[int, tuple[list[int], torch.Tensor]]:
+    return {batch.step: (batch.ids.tolist(), batch.images) for batch in batches(source, **changes)}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for step in a:
+        assert a[step][0] == b[step][0] and torch.equal(a[step][1], b[step][1]), step
+
+
+def over_ranks(source: Mixture, world_size: int, **changes) -> dict[int, tuple[list[int], torch.Tensor]]:
+    """What the ranks get, concatenated."""
+    ranks = [images_by_step(source, rank=rank, world_size=world_size, **changes) for rank in range(world_size)]
+    return {step: ([i for r in ranks for i in r[step][0]], torch.cat([r[step][1] for r in ranks])) for step in ranks[0]}

@@ -1,0 +1,423 @@
+"""What is shown when: order, crops, flips and photometric draws."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from cjepa_fast import views
+from cjepa_fast.errors import UserError
+from cjepa_fast.manifest import Mixture
+from cjepa_fast.philox import philox4x32
+from cjepa_fast.views import Photometric, batch_ids, crop_windows, epoch_order, flip_flags
+from pictures import RATIO, SCALE, batches, fifty, opened, picture
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    return fifty(tmp_path_factory.mktemp("images"))
+
+
+# --- Philox
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # the known answers that Random123 ships for philox4x32-10
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_known_answers(counter: str, key: str, expected: str):
+    def words(text: str) -> list[int]:
+        return [int(word, 16) for word in text.split()]
+
+    low, high = words(key)
+    counters = np.tile(np.array(words(counter), dtype=np.uint32), (2, 3, 1))
+    assert (philox4x32(counters, (low, high)) == np.array(words(expected), dtype=np.uint32)).all()
+
+
+# --- order
+
+
+def test_epoch_order_is_pinned():
+    """These numbers may never change: a checkpoint stores the step and relies on them."""
+    assert epoch_order(10, seed=1, epoch=0).tolist() == [8, 7, 1, 6, 4, 3, 5, 2, 9, 0]
+    assert epoch_order(10, seed=1, epoch=1).tolist() == [8, 0, 3, 9, 5, 6, 4, 1, 2, 7]
+    assert epoch_order(10, seed=2**40 + 1, epoch=0).tolist() == [7, 3, 2, 9, 8, 1, 5, 4, 6, 0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 1000])
+def test_epoch_order_is_a_permutation(n: int):
+    assert (np.sort(epoch_order(n, seed=5, epoch=2)) == np.arange(n)).all()
+
+
+def test_epoch_order_is_uniform():
+    """Every image is equally often at every place: chi-square over 5 x 5 with 16 degrees of freedom."""
+    rounds = 4000
+    counts = np.zeros((5, 5))
+    for epoch in range(rounds):
+        counts[np.arange(5), epoch_order(5, seed=0, epoch=epoch)] += 1
+    assert ((counts - rounds / 5) ** 2 / (rounds / 5)).sum() < 39.3  # exceeded once in a thousand seeds
+
+
+def test_batches_walk_the_epoch_order(source: Mixture):
+    n, size = 50, 16
+    for epoch in range(3):
+        taken = [batch_ids(source, seed=9, step=3 * epoch + i, batch_size=size) for i in range(3)]
+        assert [e for e, _, _ in taken] == [epoch] * 3 and not any(repeats.any() for _, _, repeats in taken)
+        ids = np.concatenate([ids for _, ids, _ in taken])
+        assert len(set(ids)) == 48 and (ids == epoch_order(n, seed=9, epoch=epoch)[:48]).all()
+    dropped = [set(epoch_order(n, seed=9, epoch=epoch)[48:]) for epoch in range(3)]
+    assert dropped[0] != dropped[1] != dropped[2]
+
+
+def test_batch_sizes_that_do_not_fit(source: Mixture):
+    with pytest.raises(UserError, match=r"batch_size=51 .* 50 images of an epoch; lower"):
+        batches(source, batch_size=51)
+    with pytest.raises(UserError, match=r"batch_size=15 .* 2 ranks"):
+        batches(source, batch_size=15, world_size=2)
+
+
+# --- crops
+
+
+def slow_window(height: int, width: int, scale, ratio, rng: random.Random) -> tuple[int, int, int, int]:
+    """The published definition of a random resized crop, one image at a time, with another generator."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def windows_of(n: int, height: int, width: int, scale=SCALE, ratio=RATIO, **changes) -> np.ndarray:
+    sizes = np.tile(np.array([height, width], dtype=np.int32), (n, 1))
+    return crop_windows(np.arange(n), sizes, **({"seed": 1, "epoch": 0, "scale": scale, "ratio": ratio} | changes))
+
+
+def test_crop_windows_are_pinned():
+    expected = [[31, 215, 341, 260], [96, 85, 279, 343], [18, 54, 357, 359], [7, 2, 348, 438]]
+    assert windows_of(4, 375, 500).tolist() == expected
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (32, 32), (64, 300), (3, 2), (1, 1)])
+@pytest.mark.parametrize("scale", [SCALE, (0.05, 0.2)])
+def test_crop_distribution_is_the_definition(size: tuple[int, int], scale: tuple[float, float]):
+    """Two-sample Kolmogorov-Smirnov on top, left, area and aspect against the slow definition."""
+    n = 8000
+    rng = random.Random(0)
+    fast = windows_of(n, *size, scale=scale)
+    slow = np.array([slow_window(*size, scale, RATIO, rng) for _ in range(n)])
+    assert (fast[:, :2] >= 0).all() and (fast[:, 2:] >= 1).all() and (fast[:, :2] + fast[:, 2:] <= size).all()
+
+    def features(window: np.ndarray) -> np.ndarray:
+        top, left, h, w = window.T.astype(float)
+        return np.stack([top, left, h * w, np.log(w / h), h + top, w + left])
+
+    for a, b in zip(features(fast), features(slow), strict=True):
+        grid = np.union1d(a, b)
+        cdf_a, cdf_b = (np.searchsorted(np.sort(x), grid, side="right") / n for x in (a, b))
+        assert np.abs(cdf_a - cdf_b).max() < 2.2 * math.sqrt(2 / n)  # p < 1e-4
+
+
+def test_crop_moments_are_the_analytic_ones():
+    """Where every first window fits, area is uniform in scale and log aspect uniform in log ratio."""
+    n, side, scale = 20000, 4000, (0.3, 0.5)
+    top, left, h, w = windows_of(n, side, side, scale=scale).T.astype(float)
+    area, aspect = h * w / side**2, np.log(w / h)
+    half = math.log(4 / 3)
+    rounding = 3e-4  # of sides around 2000 pixels to whole ones
+    assert area.min() >= scale[0] - rounding and area.max() <= scale[1] + rounding
+    assert abs(area.mean() - 0.4) < 4 * 0.2 / math.sqrt(12 * n)
+    assert np.abs(aspect).max() <= half + 1e-3 and abs(aspect.mean()) < 4 * half / math.sqrt(3 * n)
+    assert abs(aspect.std() - half / math.sqrt(3)) < 0.01 * half
+    assert abs(np.corrcoef(area, aspect)[0, 1]) < 4 / math.sqrt(n)
+    for offset, room in ((top, side - h), (left, side - w)):
+        assert abs((offset / room).mean() - 0.5) < 4 / math.sqrt(12 * n)
+
+
+@pytest.mark.parametrize(("size", "window"), [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))])
+def test_crop_falls_back_to_the_centre(size: tuple[int, int], window: tuple[int, ...]):
+    assert (windows_of(50, *size) == window).all()
+
+
+def test_crops_depend_on_seed_epoch_and_id_alone():
+    base = windows_of(100, 300, 400)
+    picked = np.array([70, 3, 3, 41])
+    sizes = np.tile(np.array([300, 400], dtype=np.int32), (4, 1))
+    assert (crop_windows(picked, sizes, seed=1, epoch=0, scale=SCALE, ratio=RATIO) == base[picked]).all()
+    assert (windows_of(100, 300, 400, seed=2) != base).any(axis=1).mean() > 0.95
+    assert (windows_of(100, 300, 400, epoch=1) != base).any(axis=1).mean() > 0.95
+    assert len(np.unique(base, axis=0)) > 95
+
+
+def test_a_second_visit_is_drawn_anew():
+    """And the first one as if there were no other."""
+    ids = np.arange(200)
+    sizes = np.tile(np.array([300, 400], dtype=np.int32), (200, 1))
+    options = {"seed": 1, "epoch": 0, "scale": SCALE, "ratio": RATIO}
+    windows = [crop_windows(ids, sizes, repeats=r, **options) for r in (np.zeros(200, int), np.arange(200) % 2, 2**23)]
+    assert (windows[0] == crop_windows(ids, sizes, **options)).all()
+    assert (windows[1][::2] == windows[0][::2]).all()
+    flips = [flip_flags(ids, seed=1, epoch=0, repeats=r) for r in (0, 1, 2**23)]
+    assert (flips[0] == flip_flags(ids, seed=1, epoch=0)).all()
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert (windows[i][1::2] != windows[j][1::2]).any(axis=1).mean() > 0.95
+        assert 60 < (flips[i] != flips[j]).sum() < 140
+
+
+def test_half_of_the_images_are_flipped():
+    flags = [flip_flags(np.arange(4000), seed=0, epoch=epoch) for epoch in (0, 1)]
+    assert all(abs(f.mean() - 0.5) < 4 / math.sqrt(4 * 4000) for f in flags)
+    assert abs((flags[0] == flags[1]).mean() - 0.5) < 4 / math.sqrt(4 * 4000)
+
+
+# --- photometric draws
+
+BYOL = Photometric(  # the asymmetric recipe, with solarise
+    color_jitter=(0.4, 0.4, 0.2, 0.1), grayscale_p=0.2, blur_p=(1.0, 0.1), solarize_p=(0.0, 0.2)
+)
+PLACE = {"seed": 1, "epoch": 0, "view": 1}
+
+
+def test_photometric_draws_are_pinned():
+    """These numbers may never change either."""
+    drawn = Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=1, blur_p=(1.0,), solarize_p=(0.5,)).draw(
+        np.arange(2), **PLACE
+    )
+    expected = {
+        "color": [
+            [[0.8953, 0.0981, 0.0521], [0.0791, 0.9607, 0.0056], [-0.0137, 0.179, 0.8801]],
+            [[0.8962, 0.0926, -0.0259], [0.0084, 0.9186, 0.0359], [0.1317, -0.0149, 0.8461]],
+        ],
+        "lift": [0.335, -0.0319],
+        "sigma": [1.6907, 0.4955],
+        "window": [13, 5],
+        "unsolarized": [0, 255],
+    }
+    assert {name: np.round(value.astype(float), 4).tolist() for name, value in drawn.items()} == expected
+
+
+def test_photometric_draws_depend_on_seed_epoch_id_visit_and_view_alone():
+    base = BYOL.draw(np.arange(300), **PLACE)
+    assert set(base) == {"color", "lift", "sigma", "window", "unsolarized"}
+    picked = np.array([70, 3, 3, 41])
+    for name, value in BYOL.draw(picked, **PLACE).items():
+        assert (value == base[name][picked]).all(), name
+    for change in ({"seed": 2}, {"epoch": 1}, {"repeats": 1}, {"view": 0}):
+        other = BYOL.draw(np.arange(300), **(PLACE | change))
+        assert (other["color"] != base["color"]).any(axis=(1, 2)).mean() > 0.8, change
+        assert (other["sigma"] != base["sigma"]).mean() > 0.99, change
+    whole = crop_windows(np.arange(300), np.full((300, 2), 99), seed=1, epoch=0, scale=SCALE, ratio=RATIO, view=1)
+    first = crop_windows(np.arange(300), np.full((300, 2), 99), seed=1, epoch=0, scale=SCALE, ratio=RATIO)
+    assert (whole != first).any(axis=1).mean() > 0.95
+    flips = [flip_flags(np.arange(300), seed=1, epoch=0, view=view) for view in (0, 1)]
+    assert 110 < (flips[0] != flips[1]).sum() < 190
+
+
+def test_what_cannot_happen_is_not_drawn():
+    assert Photometric().draw(np.arange(4), **PLACE) == {}
+    assert set(BYOL.draw(np.arange(4), seed=1, epoch=0, view=0)) == {"color", "lift", "sigma", "window"}
+    assert set(Photometric(color_jitter=(0.4, 0, 0, 0), color_jitter_p=0).draw(np.arange(4), **PLACE)) == set()
+    assert set(Photometric(grayscale_p=0.1).draw(np.arange(4), **PLACE)) == {"color", "lift"}
+    assert set(Photometric(solarize_p=(0.5,)).draw(np.arange(4), **PLACE)) == {"unsolarized"}
+
+
+def test_photometric_shares_and_ranges():
+    """Each within four standard deviations; the factors are read back from the matrices."""
+    n = 20000
+    drawn = BYOL.draw(np.arange(n), **PLACE)
+    color, lift = drawn["color"].astype(float), drawn["lift"].astype(float)
+
+    def share(of: np.ndarray, p: float) -> bool:
+        return abs(of.mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+    grey = np.ptp(color, axis=1).max(axis=1) < 1e-6  # all rows alike
+    jittered = np.abs(color.sum(axis=2)[:, 0] + lift - 1) > 1e-6  # brightness
+    assert share(grey, 0.2) and share(jittered, 0.8) and share(grey & jittered, 0.16)
+    assert share(drawn["unsolarized"] == 0, 0.2) and set(drawn["unsolarized"]) == {0, 255}
+    assert share(drawn["window"] > 1, 0.1)
+    blurred = drawn["window"] > 1
+    assert (drawn["window"][blurred] == 2 * np.ceil(3 * drawn["sigma"][blurred]) + 1).all()
+    untouched = ~jittered & ~grey
+    assert np.abs(color[untouched] - np.eye(3)).max() < 1e-6 and not lift[untouched].any()
+    gain = color[jittered].sum(axis=2)[:, 0]  # of grey pixels: brightness times contrast
+    brightness = gain + lift[jittered]
+    contrast = gain / brightness
+    for factor, reach in ((brightness, 0.4), (contrast, 0.4), (drawn["sigma"] - 1.05 + 1, 0.95)):
+        assert factor.min() >= 1 - reach - 1e-5 and factor.max() <= 1 + reach + 1e-5
+        assert abs(factor.mean() - 1) < 4 * reach / math.sqrt(3 * len(factor))
+        assert abs(factor.std() - reach / math.sqrt(3)) < 0.02 * reach
+    assert abs(np.corrcoef(brightness, contrast)[0, 1]) < 4 / math.sqrt(len(brightness))
+    colorful = jittered & ~grey
+    chroma = color[colorful] / color[colorful].sum(axis=2)[:, :1, None] - views._GREY
+    # chroma = s (cos C + sin K), with C C = C, K K = -C and the traces of C and K 2 and 0
+    along, across = (np.trace(x, axis1=1, axis2=2) / 2 for x in (chroma, -chroma @ views._TURNED))
+    hue, saturation = np.arctan2(across, along) / (2 * np.pi), np.hypot(along, across)
+    for factor, reach in ((saturation, 0.2), (1 + hue, 0.1)):
+        assert factor.min() >= 1 - reach - 1e-5 and factor.max() <= 1 + reach + 1e-5
+        assert abs(factor.mean() - 1) < 4 * reach / math.sqrt(3 * len(factor))
+
+
+# --- photometric pixels, against Pillow's (torchvision's) operations and NumPy
+
+SIDE = 64
+WHOLE = {"image_size": SIDE, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "hflip": False, "last_step": 1}
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """24 PNG files that no crop or resize changes, some so dark or bright that colours clip."""
+    root = tmp_path_factory.mktemp("squares")
+    for i in range(24):
+        light = (0.4, 1.0, 1.6)[i % 3]
+        ImageEnhance.Brightness(picture(i, SIDE, SIDE)).enhance(light).save(root / f"{i:02d}.png")
+    return opened(root)
+
+
+def pixels(source: Mixture, photometric: Photometric | None) -> tuple[np.ndarray, np.ndarray]:
+    (batch,) = batches(source, batch_size=24, photometric=photometric, **WHOLE)
+    return batch.ids.numpy(), batch.images.numpy()
+
+
+def distance(source: Mixture, photometric: Photometric, oracle: Callable[[Image.Image, int], Any]) -> tuple[int, float]:
+    """Greatest and mean distance in levels to oracle(image, its place in the batch)."""
+    _, before = pixels(source, None)
+    _, after = pixels(source, photometric)
+    expected = np.stack([np.asarray(oracle(Image.fromarray(image), k)) for k, image in enumerate(before)])
+    difference = np.abs(after.astype(int) - expected)
+    return int(difference.max()), float(difference.mean())
+
+
+def uniforms(ids: np.ndarray) -> np.ndarray:
+    words = [views._draw(ids, block, seed=3, epoch=0, stream=views._PHOTO) for block in range(3)]
+    return ((np.concatenate(words, axis=1) + 0.5) / 2**32).T
+
+
+@pytest.mark.parametrize(
+    ("which", "enhance"), [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)]
+)
+def test_jitter_is_pillows(squares: Mixture, which: int, enhance: Any):
+    """Within a level: Pillow cuts fractions off, we round, hence the mean of half a level."""
+    jitter = (0.4 * (which == 0), 0.4 * (which == 1), 0.4 * (which == 2), 0.0)
+    ids, _ = pixels(squares, None)
+    factors = 0.6 + 0.8 * uniforms(ids)[1 + which]
+    photometric = Photometric(color_jitter=jitter, color_jitter_p=1.0)
+    most, mean = distance(squares, photometric, lambda image, k: enhance(image).enhance(factors[k]))
+    assert most <= 1 and mean < 0.6
+
+
+def test_jitter_at_once_is_near_torchvisions_one_after_the_other(squares: Mixture):
+    """They differ where a step clips: by 1.9 to 2.5 levels on average, a third of the pictures being glaring."""
+    ids, _ = pixels(squares, None)
+    u = uniforms(ids)
+    factors = [0.6 + 0.8 * u[1], 0.6 + 0.8 * u[2], 0.8 + 0.4 * u[3]]
+    for order in itertools.permutations(range(3)):
+
+        def oracle(image: Image.Image, k: int, order: tuple[int, ...] = order) -> Image.Image:
+            for step in order:
+                kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
+                image = kind(image).enhance(factors[step][k])
+            return image
+
+        most, mean = distance(squares, Photometric(color_jitter=(0.4, 0.4, 0.2, 0), color_jitter_p=1.0), oracle)
+        assert mean < 3, (order, most, mean)
+
+
+def test_hue_turns_chroma_in_yiq(squares: Mixture):
+    """Within a level of the definition; by a third of a turn red becomes green, as in Pillow's HSV."""
+    ids, _ = pixels(squares, None)
+    turns = (2 * uniforms(ids)[4] - 1) * 0.5
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+
+    def oracle(image: Image.Image, k: int) -> np.ndarray:
+        yiq = np.asarray(image) @ to_yiq.T
+        chroma = (yiq[..., 1] + 1j * yiq[..., 2]) * np.exp(-2j * np.pi * turns[k])
+        turned = np.stack([yiq[..., 0], chroma.real, chroma.imag], axis=-1) @ np.linalg.inv(to_yiq).T
+        return np.clip(np.rint(turned), 0, 255).astype(int)
+
+    most, mean = distance(squares, Photometric(color_jitter=(0, 0, 0, 0.5), color_jitter_p=1.0), oracle)
+    assert most <= 1 and mean < 0.01
+    angle = 2 * np.pi / 3
+    red, green, blue = (views._GREY + np.cos(angle) * views._CHROMA + np.sin(angle) * views._TURNED) @ [1, 0, 0]
+    assert green > max(red, blue) + 0.5, (red, green, blue)
+
+
+def test_grayscale_is_pillows(squares: Mixture):
+    most, mean = distance(squares, Photometric(grayscale_p=1.0), lambda image, _: image.convert("L").convert("RGB"))
+    assert most <= 1 and mean < 0.01
+
+
+def test_solarize_is_pillows(squares: Mixture):
+    assert distance(squares, Photometric(solarize_p=(1.0,)), lambda image, _: ImageOps.solarize(image)) == (0, 0)
+
+
+def test_blur_is_gaussian(squares: Mixture):
+    """Within a level of the definition, mirrored at the border, and five of Pillow's row of box filters."""
+    photometric = Photometric(blur_p=(1.0,))
+    ids, _ = pixels(squares, None)
+    sigma = 0.1 + 1.9 * uniforms(ids)[7]
+
+    def definition(image: Image.Image, k: int) -> np.ndarray:
+        reach = math.ceil(3 * sigma[k])
+        weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma[k] ** 2))
+        padded = np.pad(np.asarray(image, float), ((reach, reach), (reach, reach), (0, 0)), mode="reflect")
+        weights /= weights.sum()
+        rows = np.sum([w * padded[i : i + SIDE] for i, w in enumerate(weights)], axis=0)
+        return np.rint(np.sum([w * rows[:, i : i + SIDE] for i, w in enumerate(weights)], axis=0)).astype(int)
+
+    most, mean = distance(squares, photometric, definition)
+    assert most <= 1 and mean < 0.01
+    most, mean = distance(
+        squares, photometric, lambda image, k: image.filter(ImageFilter.GaussianBlur(float(sigma[k])))
+    )
+    assert most <= 5 and mean < 0.5
+
+
+def test_operations_follow_in_the_order_given(squares: Mixture):
+    """Grey, then blur, then solarise: the order is seen, as solarise is not linear and blur rounds."""
+    photometric = Photometric(grayscale_p=1.0, blur_p=(1.0,), blur_sigma=(1.5, 1.5), solarize_p=(1.0,))
+
+    def oracle(image: Image.Image, _: int) -> Image.Image:
+        grey = image.convert("L").convert("RGB")
+        return ImageOps.solarize(grey.filter(ImageFilter.GaussianBlur(1.5)))
+
+    most, mean = distance(squares, photometric, oracle)
+    assert most <= 4 and mean < 0.6
+
+
+def test_images_not_drawn_are_left_alone(squares: Mixture):
+    """Although the operators run over the whole batch."""
+    ids, before = pixels(squares, None)
+    rare = Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=0.3, blur_p=(0.3,), solarize_p=(0.3,))
+    _, after = pixels(squares, rare)
+    u = uniforms(ids)
+    spared = (u[0] >= 0.3) & (u[6] >= 0.3) & (u[8] >= 0.3)
+    assert 3 < spared.sum() < 20
+    same = (after == before).all(axis=(1, 2, 3))
+    assert (
+        same[spared].all() and same[~spared].sum() <= 2
+    )  # a narrow blur, or solarise where all is dark, shows nothing
