@@ -194,6 +194,14 @@ class RuntimeConfig:
     """Parts into which each process cuts its batch to save memory; batch statistics stay global."""
     fsdp_blocks: int = 4
     """Transformer blocks per FSDP unit."""
+    shard_size: int | None = None
+    """Processes that share one copy of weights and optimiser state; None: those of a node."""
+    reshard: Literal["auto", "never", "always"] = "auto"
+    """Free gathered weights between forward and backward (ZeRO-3) or keep them (ZeRO-2); auto keeps what fits."""
+    checkpoint_activations: Literal["auto", "on", "off"] = "auto"
+    """Recompute activations in backward, a third more work; auto does where nothing else makes the step fit."""
+    memory_gb: float | None = None
+    """Memory of one GPU, in 10^9 bytes, that auto plans for; None asks the GPU."""
     data_threads: int = 4
     """Threads that decode images, per process."""
     prefetch: int = 2
@@ -252,6 +260,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Processes of this node; all of them where the launcher does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,8 +344,8 @@ def validate(config: Config) -> None:
 
 
 def validate_world(config: Config, world_size: int) -> None:
-    """Raises UserError unless every process gets the same whole number of images per step."""
-    batch, parts = config.optim.batch_size, config.runtime.accumulate
+    """Raises UserError unless images and copies of the state can be shared evenly by the processes."""
+    batch, parts, shards = config.optim.batch_size, config.runtime.accumulate, config.runtime.shard_size
     if batch % world_size:
         raise UserError(
             f"optim.batch_size: {batch} images cannot be shared evenly by {world_size} processes;"
@@ -346,6 +356,19 @@ def validate_world(config: Config, world_size: int) -> None:
             f"runtime.accumulate: {parts} parts do not divide the {batch // world_size} images of a process"
             f" (optim.batch_size {batch} over {world_size}); use a divisor of {batch // world_size}"
         )
+    if shards is not None and world_size % shards:
+        divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise UserError(
+            f"runtime.shard_size: {shards} does not divide the {world_size} processes; use one of {divisors}, or None"
+        )
+
+
+def shard_size(config: Config, world: World) -> int:
+    """Processes that share one copy of the state; consecutive ranks, so that None keeps gathering within a node."""
+    if config.runtime.shard_size is not None:
+        return config.runtime.shard_size
+    # torchrun allows nodes of different sizes, over which no group of this size fits
+    return world.local_size if world.size % world.local_size == 0 else world.size
 
 
 def read_world(environ: Mapping[str, str]) -> World:
@@ -363,16 +386,19 @@ def read_world(environ: Mapping[str, str]) -> World:
                 f"{name} is not set although {given[0]} is; start with torchrun, or unset {', '.join(given)}"
             )
     values = []
-    for name in names:
-        if not environ[name].isdecimal():
-            raise UserError(f"{name}: expected a whole number, got {environ[name]!r}; start with torchrun")
-        values.append(int(environ[name]))
-    rank, size, local_rank = values
-    if not local_rank <= rank < size:
+    for name, value in [(name, environ[name]) for name in names] + [
+        ("LOCAL_WORLD_SIZE", environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]))
+    ]:
+        if not value.isdecimal():
+            raise UserError(f"{name}: expected a whole number, got {value!r}; start with torchrun")
+        values.append(int(value))
+    rank, size, local_rank, local_size = values
+    if not local_rank <= rank < size or not local_rank < local_size <= size:
         raise UserError(
-            f"RANK {rank}, WORLD_SIZE {size} and LOCAL_RANK {local_rank} contradict each other; start with torchrun"
+            f"RANK {rank}, WORLD_SIZE {size}, LOCAL_RANK {local_rank} and LOCAL_WORLD_SIZE {local_size}"
+            " contradict each other; start with torchrun"
         )
-    return World(rank=rank, size=size, local_rank=local_rank)
+    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
 
 def count_steps(config: Config, num_images: int) -> Steps:
@@ -521,10 +547,13 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
 
     for key in ("accumulate", "fsdp_blocks", "data_threads", "prefetch"):
         yield _at_least(config, f"runtime.{key}", 1)
+    for key in ("shard_size", "cpu_threads"):
+        value = get(config, f"runtime.{key}")
+        yield f"runtime.{key}", value is None or value >= 1, "is out of range; use at least 1"
     yield (
-        "runtime.cpu_threads",
-        runtime.cpu_threads is None or runtime.cpu_threads >= 1,
-        "is out of range; use at least 1",
+        "runtime.memory_gb",
+        runtime.memory_gb is None or runtime.memory_gb > 0,
+        "is out of range; use a number above 0",
     )
     yield (
         "runtime.accumulate",

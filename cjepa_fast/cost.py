@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from cjepa_fast.config import Config, count_steps
+from cjepa_fast.config import Config, World, count_steps, shard_size
 
 if TYPE_CHECKING:
     from cjepa_fast.vit import VitShape
@@ -40,15 +40,29 @@ class Parameters(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on one process."""
+    """Bytes on one process; the activations are those kept for the backward pass.
+
+    `peak` is not their sum: activations go while gradients come. `moment` says when it is reached.
+    """
 
     state: float
+    gradients: float
     copies: float
-    activations: float
+    target: float
+    context: float
+    predictor: float
+    working: float
+    peak: float
+    moment: str
 
-    @property
-    def total(self) -> float:
-        return sum(self)
+
+class Saving(NamedTuple):
+    """How a step saves memory: the arguments of `memory_bytes`, what comes of them, and why, as a line of the log."""
+
+    reshard: bool
+    checkpoint: bool
+    memory: Memory
+    reason: str
 
 
 def gflop_per_image(config: Config, *, context_tokens: float, target_tokens: float) -> Cost:
@@ -101,48 +115,151 @@ def parameters(config: Config) -> Parameters:
     )
 
 
-def memory_bytes(config: Config, *, world_size: int, context_tokens: float, target_tokens: float) -> Memory:
-    """Estimated memory of one process, without the allocator's slack, workspaces and the CUDA context.
+def memory_bytes(
+    config: Config, world: World, context_tokens: float, target_tokens: float, *, reshard: bool = False,
+    checkpoint: bool = False,
+) -> Memory:  # fmt: skip
+    """Memory of one process, without the allocator's slack, workspaces of libraries and the CUDA context.
 
-    Assumes
-    state: fp32 weights, gradients and two Adam moments of what is trained, fp32 weights of the target
-        encoder, all sharded over the processes;
-    copies: what is trained in `model.precision`, kept from forward to backward on every process (ZeRO-2), and
-        one unit of target blocks; none for a single process in fp32;
-    activations: 34 D bytes per token and block, for bf16 and attention that does not store its matrix (twice
-        that for fp32), kept for one of `runtime.accumulate` parts of the batch; one block of the target
-        encoder; the images waiting, as bytes.
+    S processes share one copy of the state, one process computes `part` images at a time (`runtime.accumulate`).
+
+    state: fp32 weights and two Adam moments of what is trained, fp32 weights of the target encoder, over S, and the
+        images that wait, as bytes.
+    gradients: fp32, over S.
+    copies: weights as they are multiplied, in `model.precision`. ZeRO-2 keeps all that is trained, ZeRO-3 (`reshard`)
+        two units; beside them stand what gathering and reducing a unit pass through. A lone process keeps its casts
+        of fp32 weights for the backward pass, unless they are made again (`checkpoint`).
+    target, context, predictor: what stays of each phase until the backward pass. A block keeps its input, that of
+        its second half, both norms' outputs, q, k, v, the attention's output, and the MLP's hidden values before and
+        after GELU: (8 + 2 mlp_ratio) D values a token, compiled or not, for attention that does not store its matrix;
+        with `checkpoint` its input alone. The predictor's first and last block spare what the runtime lets them. Of the
+        target encoder its output stays, of all rows in the worst case.
+    working: what the block at work holds beyond that.
     """
     model, runtime = config.model, config.runtime
     encoder, predictor = _shapes(config)
     count = parameters(config)
     patches, blocks = (model.image_size // model.patch_size) ** 2, config.mask.num_targets
+    shards, several = shard_size(config, world), world.size > 1
     size = 2 if model.precision == "bf16" else 4
-    state = (16 * count.trained + 4 * count.encoder) / world_size
-
-    copies = 0.0
-    if size == 2 or world_size > 1:
-        unit = min(runtime.fsdp_blocks if world_size > 1 else 1, encoder.depth)
-        copies = size * (count.trained + _blocks_parameters(encoder) * unit / encoder.depth)
-
-    images = config.optim.batch_size / world_size
+    images = config.optim.batch_size / world.size
     part = images / runtime.accumulate
-    per_width = 34 * size / 2
-    activations = (
-        per_width
-        * part
-        * (
-            encoder.width * (encoder.depth * context_tokens + patches)
-            + predictor.width * predictor.depth * blocks * (context_tokens + target_tokens)
-        )
-        + images * (runtime.prefetch + 1) * 3 * model.image_size**2
-    )
-    return Memory(state, copies, activations)
+    context_rows, target_rows = part * context_tokens, part * blocks * target_tokens
+    rows = part * blocks * (context_tokens + target_tokens)  # of the predictor
+
+    waiting = images * (runtime.prefetch + 1) * 3 * model.image_size**2
+    state = (12 * count.trained + 4 * count.encoder) / shards + waiting
+    gradients = 4 * count.trained / shards
+
+    units = [_blocks_parameters(shape) * min(runtime.fsdp_blocks / shape.depth, 1) for shape in (encoder, predictor)]
+    passing = cast = 0.0
+    if several:
+        cast = size * (min(2 * max(units), count.trained) if reshard else count.trained)
+        # a unit gathered flat, its gradients as autograd leaves them, and twice flat in fp32 on their way out
+        passing = max(units) * (size + size + 8)
+    elif size == 2:
+        cast = size * (_blocks_parameters(encoder) / encoder.depth if checkpoint else count.trained)
+
+    def kept(shape: VitShape, tokens: float) -> float:
+        hidden = round(shape.width * shape.mlp_ratio)
+        everything = tokens * (size * (8 * shape.width + 2 * hidden) + 4 * shape.heads + 16)
+        return shape.depth * (tokens * size * shape.width if checkpoint else everything)
+
+    def working_on(shape: VitShape, tokens: float) -> float:
+        """Of the block in its backward pass: gradients of the residual and of the hidden values; what is recomputed."""
+        hidden = round(shape.width * shape.mlp_ratio)
+        again = (7 * shape.width + 2 * hidden) if checkpoint else 0
+        return tokens * size * (shape.width + hidden + again)
+
+    wide, narrow = encoder.width, predictor.width
+    narrow_hidden, spared = round(narrow * predictor.mlp_ratio), 0.0
+    if runtime.predictor_shared_start and config.model.predictor_context == "per_target" and not checkpoint:
+        spared += size * 2 * narrow * (rows - context_rows - patches)  # input and norm of copies
+    if runtime.predictor_targets_only:  # output; queries and what follows the attention, but for a copy of target rows
+        spared += size * narrow * (rows - target_rows)
+        if not checkpoint:
+            spared += size * ((4 * narrow + 2 * narrow_hidden) * (rows - target_rows) - narrow * target_rows)
+    target = size * wide * patches * images
+    pixels = 3 * model.patch_size**2 * context_rows * size
+    context = kept(encoder, context_rows) + 2 * size * wide * context_rows + pixels
+    loss = 8 * wide * target_rows  # predictions and targets in fp32
+    projected = 0.0
+    if config.loss.vicreg_weight:
+        views, hidden = (blocks if config.loss.vicreg_views == "target_blocks" else 2), _projector_layers(config)[-1][1]
+        projected = 4 * (images * views * (wide + 4 * config.loss.projector_layers * hidden) + views * hidden**2)
+    predicted = kept(predictor, rows) - spared + size * (narrow * (rows + target_rows) + wide * target_rows) + loss + projected
+
+    before = gradients if runtime.accumulate > 1 else 0.0  # of the parts that came before
+    hidden = round(wide * encoder.mlp_ratio)
+    moments = {
+        "target encoder": size * part * patches * (2 * wide + 2 * hidden) + before,
+        "loss": context + predicted + 4 * wide * patches * part + before,
+        "predictor's backward": context + predicted - loss + working_on(predictor, rows) + before,
+        "context encoder's backward": context
+        + working_on(encoder, context_rows)
+        + max(before, 4 * count.predictor / shards),
+        "end of backward": working_on(encoder, context_rows) + gradients,
+    }
+    moments = {name: bytes + (0.0 if name == "end of backward" else cast) for name, bytes in moments.items()}
+    moment = max(moments, key=lambda name: moments[name])
+    working = max(working_on(predictor, rows), working_on(encoder, context_rows))
+    peak = state + passing + target + moments[moment]
+    return Memory(state, gradients, cast + passing, target, context, predicted, working, peak, moment)
+
+
+ROOM = 0.9  # of a GPU's memory is planned with; the rest is for the CUDA context, NCCL, workspaces and fragments
+
+
+def save_memory(
+    config: Config, world: World, memory_gb: float | None, context_tokens: float, target_tokens: float
+) -> Saving:
+    """What `runtime.reshard` and `runtime.checkpoint_activations` come to on a device of `memory_gb` 10^9 bytes.
+
+    "auto" takes the cheapest that fits: nothing; ZeRO-3, more communication; recomputing, a third more work; both.
+    """
+    runtime, sharded = config.runtime, shard_size(config, world) > 1
+    reshards = {"auto": (False, True) if sharded else (False,), "never": (False,), "always": (sharded,)}[
+        runtime.reshard
+    ]
+    checkpoints = {"auto": (False, True), "off": (False,), "on": (True,)}[runtime.checkpoint_activations]
+    choices = [(reshard, checkpoint) for checkpoint in checkpoints for reshard in reshards]
+    found = [
+        memory_bytes(config, world, context_tokens, target_tokens, reshard=reshard, checkpoint=checkpoint)
+        for reshard, checkpoint in choices
+    ]
+    if memory_gb is None:
+        index, fits = 0, ""
+    else:
+        fitting = [index for index, memory in enumerate(found) if memory.peak <= ROOM * memory_gb * 1e9]
+        index = fitting[0] if fitting else min(range(len(found)), key=lambda index: found[index].peak)
+        limit = f"{ROOM:.0%} of {memory_gb:.0f} GB"
+        if not fitting:
+            fits = f", more than {limit}: raise runtime.accumulate if it runs out of memory"
+        elif index == 0:
+            fits = f", within {limit}"
+        else:
+            fits = f", as {found[0].peak / 1e9:.1f} GB would exceed {limit}"
+    (reshard, checkpoint), memory = choices[index], found[index]
+    names = [("ZeRO-3" if reshard else "ZeRO-2")] if sharded else []
+    names.append("activations recomputed" if checkpoint else "activations kept")
+    return Saving(reshard, checkpoint, memory, f"{', '.join(names)}: about {memory.peak / 1e9:.1f} GB a process{fits}")
+
+
+def layout(config: Config, world: World) -> str:
+    """How the state lies over the processes, for people."""
+    shards = shard_size(config, world)
+    if world.size == 1:
+        return "state whole on one process"
+    why = " (auto)" if config.runtime.shard_size is None else ""
+    copies = world.size // shards
+    spread = f"state in {shards} shards" if shards > 1 else "state not sharded"
+    return f"{spread}, {copies} {'copies' if copies > 1 else 'copy'}{why}"
 
 
 def report(
-    config: Config, num_images: int, world_size: int, mean_context_tokens: float, mean_target_tokens: float
-) -> str:
+    config: Config, num_images: int, world: World, mean_context_tokens: float, mean_target_tokens: float,
+    memory_gb: float | None = None,
+) -> str:  # fmt: skip
     """The tables that `--check` prints.
 
     Raises UserError if a batch holds more than `num_images`.
@@ -151,7 +268,8 @@ def report(
     count = parameters(config)
     tokens = {"context_tokens": mean_context_tokens, "target_tokens": mean_target_tokens}
     cost = gflop_per_image(config, **tokens)
-    memory = memory_bytes(config, world_size=world_size, **tokens)
+    saving = save_memory(config, world, memory_gb, **tokens)
+    memory = saving.memory
     batch, patches = config.optim.batch_size, (config.model.image_size // config.model.patch_size) ** 2
     rows = [
         ("context encoder", f"{count.encoder:,}", cost.context),
@@ -167,14 +285,21 @@ def report(
         "",
         f"tokens   {patches} per image, {mean_context_tokens:.1f} in the context,"
         f" {config.mask.num_targets} x {mean_target_tokens:.1f} targets",
-        f"steps    {steps.total:,} of {batch} images ({world_size} x {batch // world_size}),"
+        f"steps    {steps.total:,} of {batch} images ({world.size} x {batch // world.size}),"
         f" {steps.per_epoch:,} per epoch, {steps.total / steps.per_epoch:.4g} epochs,"
         f" warm-up {steps.warmup:,}",
         f"work     {_flop(cost.total * batch)} per step, {_flop(cost.total * batch * steps.total)} in all",
-        f"memory   about {memory.total / 2**30:.2f} GiB per process: state {memory.state / 2**30:.2f},"
-        f" copies {memory.copies / 2**30:.2f}, activations {memory.activations / 2**30:.2f}",
+        f"layout   {layout(config, world)}; {saving.reason}",
+        f"memory   {_gb(memory.peak)} GB at the peak ({memory.moment}): state {_gb(memory.state)},"
+        f" gradients {_gb(memory.gradients)}, copies {_gb(memory.copies)}; activations:"
+        f" context {_gb(memory.context)}, predictor {_gb(memory.predictor)}, targets {_gb(memory.target)},"
+        f" at work {_gb(memory.working)}",
     ]
     return "\n".join(lines)
+
+
+def _gb(number: float) -> str:
+    return f"{number / 1e9:.2f}"
 
 
 def _flop(giga: float) -> str:

@@ -10,13 +10,15 @@ import os
 import warnings
 from collections.abc import Collection, Sequence
 from datetime import timedelta
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 
 def connect(rank: int, size: int, device: torch.device) -> None:
@@ -83,6 +85,15 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def least(value: float | None, device: torch.device) -> float | None:
+    """The least `value` of any rank; None stays None, as it does on all ranks or none."""
+    if world_size() == 1 or value is None:
+        return value
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return found.item()
+
+
 def union_over_ranks(values: Collection[int]) -> frozenset[int]:
     """What any rank has."""
     if world_size() == 1:
@@ -92,23 +103,51 @@ def union_over_ranks(values: Collection[int]) -> frozenset[int]:
     return frozenset(value for part in parts for value in part)
 
 
-def shard(network: nn.Module, blocks: Sequence[nn.Module], *, unit: int, trained: bool, dtype: torch.dtype) -> None:
-    """Shards a network in place with FSDP2, `unit` transformer blocks at a time; nothing happens for one process.
+def mesh(device_type: str, shard_size: int) -> DeviceMesh | None:
+    """How state is laid out over the processes: `shard_size` consecutive ranks share one copy; None for one process.
 
-    A trained network keeps its gathered weights between forward and backward (ZeRO-2). The target encoder must free
-    them after every forward: gathered weights that outlive the EMA update would be stale in the next step.
+    1-D (all share one copy), or 2-D (replicate, shard): gradients are then reduced among the ranks of a copy, and
+    their shards averaged over the copies.
+    """
+    size = world_size()
+    if size == 1:
+        return None
+    if shard_size == size:
+        return init_device_mesh(device_type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh | None, *, unit: int, reshard: bool,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Shards a network in place with FSDP2, `unit` transformer blocks at a time; nothing happens without a mesh.
 
     Args:
+        reshard: free gathered weights after each unit's forward pass (ZeRO-3). Without it they are kept until the
+            backward pass (ZeRO-2), which saves gathering them again. The target encoder, which has no backward pass,
+            must free them: gathered weights that outlive the EMA update would be stale in the next step.
         dtype: in which weights are gathered; gradients are reduced in fp32 at least.
     """
-    if world_size() == 1:
+    if mesh is None:
         return
     # FSDP2 warns that an output which is a view must not be changed in place; no caller changes an output
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    device = next(network.parameters()).device.type
-    mesh = init_device_mesh(device, (world_size(),))
     precise = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=precise, cast_forward_inputs=False)
     for start in range(0, len(blocks), unit):
-        fully_shard(list(blocks[start : start + unit]), mesh=mesh, mp_policy=policy, reshard_after_forward=not trained)
-    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=not trained)
+        fully_shard(list(blocks[start : start + unit]), mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def checkpoint_activations(block: nn.Module) -> None:
+    """Makes a block keep its input alone for backward, and recompute the rest; nothing random happens inside.
+
+    Its class's forward is called as ever, so names in state dicts stay. To be applied before `block.compile` and
+    `shard`.
+    """
+
+    def recomputed(self: nn.Module, *args: Any) -> Any:
+        return checkpoint(type(self).forward, self, *args, use_reentrant=False, preserve_rng_state=False)
+
+    block.forward = MethodType(recomputed, block)

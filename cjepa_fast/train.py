@@ -109,12 +109,13 @@ def train(command: cli.Command, world: config.World) -> int:
         )  # fmt: skip
     elif queries is not None:
         raise UserError(f"data.probe_root: given, but data.root has no labels to answer ({source.description})")
+    tokens = sampler.expected_tokens(c.optim.batch_size // world.size)
+    memory = memory_gb(c, device)
     if command.check:
         if world.rank > 0:
             return 0
-        context_tokens, target_tokens = sampler.expected_tokens(c.optim.batch_size // world.size)
         print(config.to_yaml(c) + f"\ndata  {' '.join(root)}: {source.description}")
-        print(cost.report(c, source.visits, world.size, context_tokens, target_tokens))
+        print(cost.report(c, source.visits, world, *tokens, memory))
         return 0
 
     # The networks. Every process draws the same initial weights; sharding then keeps its part.
@@ -125,20 +126,26 @@ def train(command: cli.Command, world: config.World) -> int:
     distributed.connect(world.rank, world.size, device)
     torch.manual_seed(c.seed)
     networks = build_networks(c).to(device)
+    saving = cost.save_memory(c, world, distributed.least(memory, device), *tokens)
+    if saving.checkpoint:  # what compiles and shards comes after: both then see the recomputation
+        for block in (*networks.encoder.blocks, *networks.predictor.predictor_blocks):
+            distributed.checkpoint_activations(block)
     compiled = compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
-    dtype = networks.encoder.dtype
-    for network, blocks, trained in (
-        (networks.encoder, networks.encoder.blocks, True),
-        (networks.predictor, networks.predictor.predictor_blocks, True),
-        (networks.target_encoder, networks.target_encoder.blocks, False),
+    mesh = distributed.mesh(device.type, config.shard_size(c, world))
+    for network, blocks, reshard in (
+        (networks.encoder, networks.encoder.blocks, saving.reshard),
+        (networks.predictor, networks.predictor.predictor_blocks, saving.reshard),
+        (networks.target_encoder, networks.target_encoder.blocks, True),
     ):
-        distributed.shard(network, list(blocks), unit=c.runtime.fsdp_blocks, trained=trained, dtype=dtype)
+        distributed.shard(
+            network, list(blocks), mesh, unit=c.runtime.fsdp_blocks, reshard=reshard, dtype=networks.encoder.dtype
+        )
     if networks.projector is not None:
-        distributed.shard(networks.projector, [], unit=1, trained=True, dtype=torch.float32)
+        distributed.shard(networks.projector, [], mesh, unit=1, reshard=False, dtype=torch.float32)
     groups, averages, copies = optim.parameter_groups(networks), networks.averages(), {}
-    if c.runtime.weight_copies and world.size == 1 and dtype != torch.float32:
+    if c.runtime.weight_copies and world.size == 1 and networks.encoder.dtype != torch.float32:
         fused = optim.fuses(c.runtime.kernels, device)
-        copies = vit.hold_copies(networks, dtype, rounded_grads=fused and c.runtime.accumulate == 1)
+        copies = vit.hold_copies(networks, networks.encoder.dtype, rounded_grads=fused and c.runtime.accumulate == 1)
     optimizer = optim.AdamW(
         groups, lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps, averages=averages, copies=copies,
         impl=c.runtime.kernels,
@@ -157,6 +164,7 @@ def train(command: cli.Command, world: config.World) -> int:
         print(f"data: {' '.join(root)}: {source.description}")
         print(f"{steps_per_epoch} steps an epoch{rest}, {steps} steps in all")
         print(f"{world.size} process(es) on {device_name(device)}, {c.model.precision}, {compiled}")
+        print(f"{cost.layout(c, world)}; {saving.reason}")
         if probe is None:
             print("no labels, so no 20-NN probe: health shows in feature_std, rankme and cosine_gap", flush=True)
         else:
@@ -297,6 +305,13 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
         raise UserError(f"--nproc-per-node: process {local_rank + 1} has no GPU, torch sees {found}; start {found}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def memory_gb(c: config.Config, device: torch.device) -> float | None:
+    """What a GPU offers in 10^9 bytes, as the configuration or the GPU has it; None on a CPU."""
+    if c.runtime.memory_gb is not None or device.type == "cpu":
+        return c.runtime.memory_gb
+    return torch.cuda.get_device_properties(device).total_memory / 1e9
 
 
 def device_name(device: torch.device) -> str:

@@ -21,6 +21,7 @@ from cjepa_fast.config import (
     keys,
     read_world,
     replace,
+    shard_size,
     to_yaml,
     validate,
     validate_world,
@@ -445,12 +446,17 @@ def test_replace_changes_every_key_alone() -> None:
             "runtime.accumulate: 4 parts do not divide the 6 images of a process"
             " (optim.batch_size 24 over 4); use a divisor of 6",
         ),
+        (
+            {"runtime.shard_size": 3},
+            8,
+            "runtime.shard_size: 3 does not divide the 8 processes; use one of 1, 2, 4, 8, or None",
+        ),
     ],
 )
 def test_world_must_divide_the_batch(changes: dict[str, int], size: int, message: str) -> None:
     config = replace(DEMO, changes)
     validate(config)
-    validate_world(config, 1)
+    validate_world(replace(config, {"runtime.shard_size": None}), 1)
     with pytest.raises(UserError) as caught:
         validate_world(config, size)
     assert str(caught.value) == message
@@ -466,14 +472,25 @@ def test_read_world() -> None:
     }
     assert read_world({}) == World(rank=0, size=1, local_rank=0)
     assert read_world({"MASTER_ADDR": "localhost"}) == World()
-    assert read_world(launched) == World(rank=5, size=8, local_rank=1)
+    assert read_world(launched) == World(rank=5, size=8, local_rank=1, local_size=8)
+    assert read_world(launched | {"LOCAL_WORLD_SIZE": "4"}) == World(rank=5, size=8, local_rank=1, local_size=4)
     for name in launched:
         with pytest.raises(UserError, match=rf"^{name} is not set although [A-Z_]+ is; start with torchrun"):
             read_world({key: value for key, value in launched.items() if key != name})
-    with pytest.raises(UserError, match=r"^RANK 8, WORLD_SIZE 8 and LOCAL_RANK 1 contradict each other"):
+    with pytest.raises(UserError, match=r"^RANK 8, WORLD_SIZE 8, LOCAL_RANK 1 and LOCAL_WORLD_SIZE 8 contradict"):
         read_world(launched | {"RANK": "8"})
+    with pytest.raises(UserError, match=r"LOCAL_RANK 1 and LOCAL_WORLD_SIZE 1 contradict each other"):
+        read_world(launched | {"LOCAL_WORLD_SIZE": "1"})
     with pytest.raises(UserError, match=r"^WORLD_SIZE: expected a whole number, got 'two'"):
         read_world(launched | {"WORLD_SIZE": "two"})
+
+
+def test_copies_of_the_state_stay_within_a_node() -> None:
+    world = World(size=32, local_size=8)
+    assert shard_size(DEMO, world) == 8
+    assert shard_size(DEMO, World(size=8, local_size=8)) == 8
+    assert shard_size(DEMO, World(size=12, local_size=8)) == 12  # a node of 8 and one of 4
+    assert shard_size(replace(DEMO, {"runtime.shard_size": 16}), world) == 16
 
 
 def test_count_steps() -> None:

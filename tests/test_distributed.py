@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,16 +23,38 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded() -> Networks:
+class Layout(NamedTuple):
+    """Processes, those that share one copy of the state, and whether weights are freed after the forward pass."""
+
+    size: int
+    shards: int
+    reshard: bool = False
+    checkpoint: bool = False
+
+
+LAYOUTS = {
+    "2": Layout(2, 2),
+    "4": Layout(4, 4),
+    "hybrid": Layout(4, 2),
+    "hybrid ZeRO-3": Layout(4, 2, reshard=True, checkpoint=True),
+    "replicas": Layout(4, 1),
+}
+
+
+def sharded(layout: Layout) -> Networks:
     net = networks(dtype=torch.float64)
-    for network, blocks, trained in (
-        (net.encoder, net.encoder.blocks, True),
-        (net.predictor, net.predictor.predictor_blocks, True),
-        (net.target_encoder, net.target_encoder.blocks, False),
-    ):
-        distributed.shard(network, list(blocks), unit=1, trained=trained, dtype=torch.float64)
+    mesh = distributed.mesh("cpu", layout.shards)
     assert net.projector is not None
-    distributed.shard(net.projector, [], unit=1, trained=True, dtype=torch.float64)
+    if layout.checkpoint:
+        for block in (*net.encoder.blocks, *net.predictor.predictor_blocks):
+            distributed.checkpoint_activations(block)
+    for network, blocks, reshard in (
+        (net.encoder, net.encoder.blocks, layout.reshard),
+        (net.predictor, net.predictor.predictor_blocks, layout.reshard),
+        (net.projector, [], layout.reshard),
+        (net.target_encoder, net.target_encoder.blocks, True),
+    ):
+        distributed.shard(network, list(blocks), mesh, unit=1, reshard=reshard, dtype=torch.float64)
     return net
 
 
@@ -55,98 +78,120 @@ def worker(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     results: dict[str, Any] = {}
-    for views in ("target_blocks", "context_target"):
-        for accumulate in (1, 2):
-            net = sharded()
-            results[f"{views}-{accumulate}"] = one_step(net, rank, size, WEIGHTS._replace(views=views), accumulate)
-            assert all(isinstance(p, DTensor) for p in net.target_encoder.parameters()), "the teacher stays gathered"
+    layouts = {name: layout for name, layout in LAYOUTS.items() if layout.size == size}
+    for name, layout in layouts.items():
+        results[name] = {}
+        for views in ("target_blocks", "context_target"):
+            for accumulate in (1, 2):
+                net = sharded(layout)
+                step = one_step(net, rank, size, WEIGHTS._replace(views=views), accumulate)
+                results[name][f"{views}-{accumulate}"] = step
+                assert all(isinstance(p, DTensor) for p in net.target_encoder.parameters()), (
+                    "the teacher stays gathered"
+                )
 
     # statistics: every rank's gradient of mean-over-ranks losses against the undivided batch
+    statistics = results["2" if size == 2 else "4"]
     z = (torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(0)) + 8).chunk(size)[rank].requires_grad_()
     sim, std, cov = block_vicreg(z)
     (sim + 2 * std + 3 * cov).backward()
-    results["vicreg"] = [distributed.gather_rows(x) for x in (torch.stack([sim, std, cov])[None], z.grad)]
+    statistics["vicreg"] = [distributed.gather_rows(x) for x in (torch.stack([sim, std, cov])[None], z.grad)]
     sim, std, cov = context_target_vicreg(z[:, 0], z[:, 1].detach())
-    results["context_target"] = distributed.gather_rows(torch.stack([sim, std, cov])[None])
+    statistics["context_target"] = distributed.gather_rows(torch.stack([sim, std, cov])[None])
     norm = GlobalBatchNorm(6)
     y = (torch.randn(16, 6, generator=torch.Generator().manual_seed(1)) * 3 + 8).chunk(size)[rank].requires_grad_()
     (norm(y) * torch.sin(torch.arange(96.0)).view(16, 6).chunk(size)[rank]).sum().backward()
-    results["norm"] = distributed.gather_rows(y.grad)
+    statistics["norm"] = distributed.gather_rows(y.grad)
 
-    if size == 2:  # a checkpoint of two processes, for one and four
-        net = sharded()
-        optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-2, fused=True)
-        state = checkpoint.training_state(net, optimizer)
-        forward_backward(net, *batch(0, 16, rank=rank, ranks=size), WEIGHTS)
-        optimizer.step()
-        checkpoint.save(Path(folder).parent / "checkpoints", 7, state, keep=2, extra={"a": 1})
-        results["state"] = {name: full(tensor).clone() for name, tensor in state.items()}
-    if size == 4:
-        net = sharded()
-        state = checkpoint.training_state(net, torch.optim.AdamW(parameter_groups(net)))
-        assert checkpoint.load(Path(folder).parent / "checkpoints", state) == (7, {"a": 1})
-        results["state"] = {name: full(tensor).clone() for name, tensor in state.items()}
+    mine, other = ("2", "hybrid") if size == 2 else ("hybrid", "2")  # each loads what the other saves
+    results[mine]["saved"] = save(layouts[mine], rank, f"{folder}/../{mine}")
+    loader = layouts["2" if size == 2 else "4"]
+    results[mine]["loaded"] = load(loader, f"{folder}/../{other}")
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     dist.destroy_process_group()
 
 
+def save(layout: Layout, rank: int, folder: str) -> dict[str, torch.Tensor]:
+    net = sharded(layout)
+    optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-2, fused=True)
+    state = checkpoint.training_state(net, optimizer)
+    forward_backward(net, *batch(0, 16, rank=rank, ranks=layout.size), WEIGHTS)
+    optimizer.step()
+    checkpoint.save(Path(folder), 7, state, keep=2, extra={"a": 1})
+    return {name: full(tensor).clone() for name, tensor in state.items()}
+
+
+def load(layout: Layout, folder: str) -> dict[str, torch.Tensor]:
+    net = sharded(layout)
+    state = checkpoint.training_state(net, torch.optim.AdamW(parameter_groups(net)))
+    while not (Path(folder) / "step-00000007").exists():  # which comes to be by a rename
+        time.sleep(0.1)
+    assert checkpoint.load(Path(folder), state) == (7, {"a": 1})
+    return {name: full(tensor).clone() for name, tensor in state.items()}
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    root, found = tmp_path_factory.mktemp("ranks"), {}
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("ranks")
+    groups = []
     for size in (2, 4):
-        folder = root / str(size)
-        folder.mkdir()
-        mp.spawn(worker, (size, str(folder)), nprocs=size)
-        found[size] = torch.load(folder / "results.pt")
-    found[0] = {"checkpoints": root / "checkpoints"}
-    return found
+        (root / f"of-{size}").mkdir()
+        groups.append(mp.spawn(worker, (size, str(root / f"of-{size}")), nprocs=size, join=False))
+    while not all([group.join(timeout=1) for group in groups]):  # both, so that a failure of either ends it
+        pass
+    found = [torch.load(root / f"of-{size}" / "results.pt") for size in (2, 4)]
+    return {**found[0], **found[1], "root": root}
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("views", ["target_blocks", "context_target"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_whole_step(results: dict[int, dict[str, Any]], size: int, views: str, accumulate: int) -> None:
-    theirs = results[size][f"{views}-{accumulate}"]
+def test_the_whole_step(results: dict[str, Any], name: str, views: str, accumulate: int) -> None:
+    theirs = results[name][f"{views}-{accumulate}"]
     ours = one_step(networks(dtype=torch.float64), 0, 1, WEIGHTS._replace(views=views), 1)
     torch.testing.assert_close(theirs["terms"], ours["terms"], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(theirs["predictions"], ours["predictions"], rtol=1e-10, atol=1e-12)
     assert theirs["grads"].keys() == ours["grads"].keys()
-    for name, grad in ours["grads"].items():
-        error = (theirs["grads"][name] - grad).norm() / grad.norm()
-        assert error < 1e-9, f"{name}: gradient differs by {error:.1e}"
-    for name, weight in ours["weights"].items():
-        torch.testing.assert_close(theirs["weights"][name], weight, rtol=1e-5, atol=1e-7, msg=name)
+    for key, grad in ours["grads"].items():
+        error = (theirs["grads"][key] - grad).norm() / grad.norm()
+        assert error < 1e-9, f"{key}: gradient differs by {error:.1e}"
+    for key, weight in ours["weights"].items():
+        torch.testing.assert_close(theirs["weights"][key], weight, rtol=1e-5, atol=1e-7, msg=key)
     torch.testing.assert_close(theirs["targets"], ours["targets"], rtol=1e-4, atol=1e-5)
     stale = target_embeddings(networks(dtype=torch.float64).target_encoder, batch(0, 16)[0])
     assert (ours["targets"] - stale).abs().max() > 0.02  # the comparison above would notice a stale teacher
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_batch_statistics(results: dict[int, dict[str, Any]], size: int) -> None:
+@pytest.mark.parametrize("name", ["2", "4"])
+def test_batch_statistics(results: dict[str, Any], name: str) -> None:
     z = (torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(0)) + 8).double().requires_grad_()
     terms = block_vicreg(z)
     (terms[0] + 2 * terms[1] + 3 * terms[2]).backward()
-    found, grad = results[size]["vicreg"]
+    found, grad = results[name]["vicreg"]
     for row in found:  # every rank holds the global value
         torch.testing.assert_close(row.double(), torch.stack(terms), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(grad.double() / size, z.grad, rtol=1e-4, atol=1e-7)  # FSDP2 divides by the size
+    torch.testing.assert_close(
+        grad.double() / LAYOUTS[name].size, z.grad, rtol=1e-4, atol=1e-7
+    )  # FSDP2 divides by the size
     truth = torch.stack(context_target_vicreg(z[:, 0], z[:, 1]))
-    for row in results[size]["context_target"]:
+    for row in results[name]["context_target"]:
         torch.testing.assert_close(row.double(), truth, rtol=1e-5, atol=1e-7)
     y = (torch.randn(16, 6, generator=torch.Generator().manual_seed(1)) * 3 + 8).double().requires_grad_()
     normed = torch.nn.functional.batch_norm(y, None, None, training=True)
     (normed * torch.sin(torch.arange(96.0)).view(16, 6)).sum().backward()
-    torch.testing.assert_close(results[size]["norm"].double(), y.grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(results[name]["norm"].double(), y.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_checkpoint_of_two_processes_fits_one_and_four(results: dict[int, dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("saver", "loader"), [("2", "hybrid"), ("hybrid", "2")])
+def test_checkpoints_fit_any_layout(results: dict[str, Any], saver: str, loader: str) -> None:
+    """Those of two processes fit one and four; those of two copies on four processes fit one and two."""
     net = networks(dtype=torch.float64)
     state = checkpoint.training_state(net, torch.optim.AdamW(parameter_groups(net)))
-    assert checkpoint.load(results[0]["checkpoints"], state) == (7, {"a": 1})
-    saved = results[2]["state"]
+    assert checkpoint.load(results["root"] / saver, state) == (7, {"a": 1})
+    saved = results[saver]["saved"]
     assert any(name.startswith("optimizer.") and tensor.abs().sum() > 0 for name, tensor in saved.items())
-    for loaded in (state, results[4]["state"]):
+    for loaded in (state, results[loader]["loaded"]):
         assert loaded.keys() == saved.keys()
         for name, tensor in saved.items():
             assert torch.equal(loaded[name], tensor), name

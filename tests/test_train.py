@@ -177,6 +177,8 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted"),
         ),
         (["--runtime.fsdp-blocks", "1"], 0),
+        (["--runtime.checkpoint-activations", "on"], 0),
+        (["--runtime.memory-gb", "0.001"], 0),
         (["--runtime.compile", "on"], 1e-5),
         (["--runtime.attention", "eager"], 1e-5),
         pytest.param(
