@@ -187,7 +187,9 @@ def memory_bytes(
     if config.loss.vicreg_weight:
         views, hidden = (blocks if config.loss.vicreg_views == "target_blocks" else 2), _projector_layers(config)[-1][1]
         projected = 4 * (images * views * (wide + 4 * config.loss.projector_layers * hidden) + views * hidden**2)
-    predicted = kept(predictor, rows) - spared + size * (narrow * (rows + target_rows) + wide * target_rows) + loss + projected
+    predicted = (
+        kept(predictor, rows) - spared + size * (narrow * (rows + target_rows) + wide * target_rows) + loss + projected
+    )
 
     before = gradients if runtime.accumulate > 1 else 0.0  # of the parts that came before
     hidden = round(wide * encoder.mlp_ratio)
