@@ -37,7 +37,7 @@ from cjepa_fast.errors import UserError
 
 Row = dict[str, Any]
 
-CHECKED = 512  # images that a reader is judged by
+CHECKED = 512  # images that a reader is judged by; with --quick a quarter
 # what is compared with Pillow's images, each a mean over images and a spread between them
 FEATURES = ("red", "green", "blue", "red - blue", "contrast", "top - bottom", "left - right", "detail")
 _SIGMAS, _SLACK = 5.0, 2.0  # standard errors and levels (of 255) that a mean may differ by
@@ -163,7 +163,7 @@ def serve(connection: Connection, device: str, threads: int, name: str | None) -
     os.setsid()  # with its workers it can be ended as one
     torch.set_num_threads(1)
     reader = next((reader for reader in readers(device, threads) if reader.name == name), None)
-    while (task := connection.recv()) is not None:
+    while task := _next_task(connection):
         what, *given = task
         try:
             if what == "waits":
@@ -183,6 +183,13 @@ def serve(connection: Connection, device: str, threads: int, name: str | None) -
         connection.send(answer)
 
 
+def _next_task(connection: Connection) -> tuple[Any, ...] | None:
+    try:
+        return connection.recv()
+    except EOFError:  # whoever asks is gone
+        return None
+
+
 class Served:
     """A process that answers for one reader; started when it is first asked."""
 
@@ -192,7 +199,9 @@ class Served:
     def ask(self, *task: Any, patience: float = _HANG_S) -> Any:
         """The answer, or a string that says what went wrong."""
         if self._process is None:
-            context = multiprocessing.get_context("spawn")
+            # children of a process that has imported torch, but started no thread and no GPU
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["bench.readers", "bench.waits"])
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=serve, args=(theirs, *self._arguments))
             self._process.start()
@@ -246,11 +255,11 @@ def compare(rows: Sequence[Row]) -> None:
 
 
 def time_readers(
-    images: Images, device: str, threads: int, served: dict[str, Served], *, rounds: int, seconds: float,
-    deadline: float,
+    images: Images, device: str, threads: int, served: dict[str, Served], *, checked: int, rounds: int,
+    seconds: float, deadline: float,
 ) -> list[Row]:  # fmt: skip
     """A row for every reader; those that cannot run or are wrong have a reason instead of figures."""
-    truth = look_with_pillow(images, CHECKED)
+    truth = look_with_pillow(images, checked)
     rows, slots = {}, {}
     for reader in readers(device, threads):
         row: Row = {"variant": reader.name, "role": reader.role, "delivers": reader.delivers, "status": "ok",
@@ -260,7 +269,7 @@ def time_readers(
             row.update(status="not run", reason="out of time")
         elif reader.obstacle:
             row.update(status="cannot run", reason=reader.obstacle)
-        elif isinstance(seen := served[reader.name].ask("look", images, CHECKED), str):
+        elif isinstance(seen := served[reader.name].ask("look", images, checked), str):
             row.update(status="failed" if reader.role == "ours" else "cannot run", reason=seen)
         elif wrong := implausible(seen, truth):
             row.update(status="wrong", reason=wrong)
@@ -358,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=("imagenet", "cifar", "waits"), help="leave out the rest")
     parser.add_argument("--threads", type=int, default=min(cores, 16), help="of every reader [cores, at most 16]")
     parser.add_argument("--rounds", type=int, help="[5, with --quick 2]")
-    parser.add_argument("--window", type=float, help="seconds that a round times a reader [1.5, with --quick 0.3]")
+    parser.add_argument("--window", type=float, help="seconds that a round times a reader [1, with --quick 0.2]")
     parser.add_argument("--preset", nargs="+", help="whose steps wait for data [by device]")
     parser.add_argument("--steps", type=int, help="timed of each preset [40, with --quick 6]")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="for the presets [auto]")
@@ -406,7 +415,8 @@ def benchmark(arguments: argparse.Namespace, device: str) -> int:
                     continue
                 timed = time_readers(
                     images, device, threads, served, deadline=deadlines[kind],
-                    rounds=arguments.rounds or (2 if quick else 5), seconds=arguments.window or (0.3 if quick else 1.5),
+                    checked=CHECKED // 4 if quick else CHECKED, rounds=arguments.rounds or (2 if quick else 5),
+                    seconds=arguments.window or (0.2 if quick else 1.0),
                 )  # fmt: skip
                 for row in timed:
                     publish({"case": f"{images.name} at {images.size} px", "images": images.name, **row})
