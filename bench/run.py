@@ -175,7 +175,7 @@ def run_case(
                     continue
             del result
         except Exception as error:  # rivals refuse in many ways; each is named and the rest is timed
-            row.update(status="failed" if variant.role == "ours" else "cannot run", reason=_first_line(error))
+            row.update(status="failed" if variant.role == "ours" else "cannot run", reason=first_line(error))
             continue
         runnable[variant.name] = variant
     del truths
@@ -239,7 +239,7 @@ def compare(rows: list[Row]) -> None:
                 row["memory_over_yardstick"] = row["extra_mib"] / yardstick["extra_mib"]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
@@ -269,7 +269,7 @@ def run_operation(
             slow_starts = time.monotonic() < half_time
             rows = run_case(case, device, dtype, 0.05 if quick else 0.3, ceilings, slow_starts)
         except Exception as error:
-            rows = [{"variant": None, "role": "ours", "status": "failed", "reason": _first_line(error)}]
+            rows = [{"variant": None, "role": "ours", "status": "failed", "reason": first_line(error)}]
         clocks = _nvidia_smi("clocks.sm,clocks.mem,power.draw,temperature.gpu")
         for row in rows:
             publish({**common, **about, **row, "clocks_mhz_w_c": clocks})
@@ -287,7 +287,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for operation in dict.fromkeys(row["op"] for row in rows):
         own = [row for row in rows if row["op"] == operation]
-        parts.append(f"## {operation}\n\n{_where(own)}\n")
+        parts.append(f"## {operation}\n\n{where(own)}\n")
         header = ["case", "variant", "median [p20, p80] us", "GB/s", "TFLOP/s", "% of ceiling", "x best rival",
                   "extra MiB", "host us", "error", "note"]  # fmt: skip
         parts.append(" | ".join(["", *header, ""]).strip() + "\n" + "|" + " --- |" * len(header))
@@ -295,20 +295,22 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _where(rows: Sequence[Row]) -> str:
+def where(rows: Sequence[Row]) -> str:
+    """What the rows were measured on and with, in a line."""
     row = rows[0]
     ceilings = ", ".join(
         f"{r['variant']} {r.get('gb_s', r.get('tflop_s')):.3g} {'GB/s' if 'gb_s' in r else 'TFLOP/s'}"
         for r in rows
         if r["case"] == "ceiling"
     )
-    where = row["gpu"] or f"CPU only: {row['cpu']}, {row['threads']} threads"
+    ceilings = f" Ceilings: {ceilings}." if ceilings else ""
+    machine = row["gpu"] or f"CPU only: {row['cpu']}, {row['threads']} threads"
     software = ", ".join(f"{name} {row[name]}" for name in ("driver", "cuda", "torch", "triton", "python") if row[name])
     warnings = "" if row["gated"] else " **Not gated: its tests were not run.**"
     warnings += " **Rehearsal: the figures mean nothing.**" if row["rehearsal"] else ""
     warnings += " Small sizes (--quick)." if row["quick"] else ""
     commit = f"commit {row['commit'] or 'unknown'}, sources {row['sources']}"
-    return f"{where}; {row['dtype']}; {software}; {commit}; {row['date']}. Ceilings: {ceilings}.{warnings}"
+    return f"{machine}; {row['dtype']}; {software}; {commit}; {row['date']}.{ceilings}{warnings}"
 
 
 def _table_line(row: Row) -> str:

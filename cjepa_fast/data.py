@@ -33,7 +33,7 @@ _ALARM, _PATIENCE = 60.0, 10  # seconds without an image until that is said, and
 
 log = logging.getLogger(__name__)
 
-_Part = Future[tuple[list["np.ndarray"], dict[int, str]]]  # encoded images of a part of a batch; why some are not
+_Part = Future[tuple[list[Any], dict[int, str]]]  # encoded images of a part of a batch; why some are not
 
 
 # --- batches
@@ -273,7 +273,7 @@ class _Request:
     inputs: dict[str, np.ndarray]
     step: int
     epoch: int = 0
-    encoded: list[np.ndarray] = field(default_factory=list)  # uint8 [bytes] each
+    encoded: list[Any] = field(default_factory=list)  # DALI's TensorCPU, uint8 [bytes] each
     unread: dict[int, str] = field(default_factory=dict)  # ids whose bytes cannot be had, and why
 
 
@@ -503,15 +503,17 @@ class _Feed:
             self._ready.put(error)
 
     def _read(self) -> None:
+        from nvidia.dali.tensors import TensorCPU  # made here: arrays DALI would convert in the caller's time
+
         while (task := self._tasks.get()) is not None and not self._stopped:
             part, ids = task
             encoded, unread = [], {}
             for i in ids:
                 try:
-                    encoded.append(np.frombuffer(self._source.read(i), dtype=np.uint8))
+                    encoded.append(TensorCPU(self._source.read(i)))
                 except SampleError as error:
                     unread[i] = str(error)
-                    encoded.append(np.zeros(1, dtype=np.uint8))  # is no image: it fails in its turn, not before
+                    encoded.append(TensorCPU(b"\0"))  # is no image: it fails in its turn, not before
             part.set_result((encoded, unread))
 
 

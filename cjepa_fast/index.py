@@ -161,7 +161,7 @@ def _ensure(root: str, *, mode: Mode, max_pixels: int, pool: Executor) -> Manife
 
 def _is_manifest(root: str) -> bool:
     try:
-        return os.path.isfile(root) and read_file(root, len(MAGIC)) == MAGIC
+        return os.path.isfile(root) and read_file(root, len(MAGIC)).startswith(MAGIC)
     except OSError:
         return False
 
