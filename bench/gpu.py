@@ -1,13 +1,17 @@
 """Everything that only a GPU can tell, in one command that fits a lease:  python -m bench.gpu --out DIR --minutes 9
 
-Sections: the machine, the tests that need a GPU, the operations against their rivals, the compile report for this GPU.
+Sections: the machine, the tests that need a GPU, the operations against their rivals, the feed against its rivals, the
+compile report for this GPU.
 Each is a process of its own with a share of the time; what one leaves over goes to those behind it. A section that
 fails or runs out of time is recorded and does not stop the rest. DIR is written as results come, as the machine may
 vanish:
 
     results.md     the report to read        results.json   the sections, and the attention table
     bench.jsonl    rows of bench.run         compile.jsonl  rows of bench.compile_report
-    machine.txt    what nvidia-smi and pip say               log.txt        everything that was printed
+    data.jsonl     rows of bench.data        machine.txt    what nvidia-smi and pip say
+    log.txt        everything that was printed
+
+The feed needs DALI, and takes its images from $BENCH_IMAGENET and $BENCH_CIFAR or makes some.
 
 Runs from a plain checkout. Exit code 1 if a section failed or was not finished, 2 without a GPU.
 """
@@ -28,7 +32,7 @@ from typing import Any
 
 import torch
 
-from bench import run
+from bench import data, run
 from cjepa_fast.ops._attention import BACKENDS, TOKENS
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +65,11 @@ def sections(out: Path, rehearsal: bool) -> dict[str, tuple[float, list[str]]]:
             ])
             for name in timed
         },
+        # a compiled step would spend the time on compiling
+        "bench data": (8, [
+            python, "-m", "bench.data", "--seconds", "{seconds}", "--json", str(out / "data.jsonl"), "--compile", "off",
+            "--rounds", "3", "--window", "0.5", *extra,
+        ]),
         "compile report": (5, [
             python, "-m", "bench.compile_report", "--arch", arch, "--json", str(out / "compile.jsonl")
         ]),
@@ -137,7 +146,8 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
         text.append(
             "\nFor MEASURED in cjepa_fast/ops/_attention.py:\n\n```python\n" + "\n".join(record["attention"]) + "\n```"
         )
-    _replace(out / "results.md", "\n".join(text) + "\n\n" + run.markdown(rows))
+    _replace(out / "results.md", "\n".join(text) + "\n\n" + run.markdown(rows) + "\n"
+             + data.markdown(read_rows(out / "data.jsonl")))  # fmt: skip
 
 
 def _replace(path: Path, text: str) -> None:

@@ -87,14 +87,14 @@ def lay_out(
 
 
 def read_jpegs(root: str, limit: int) -> list[bytes]:
-    """Up to `limit` JPEGs, spread over whatever source `root` is."""
+    """Up to `limit` JPEGs, spread over whatever source `root` is; shuffled, as shards must be."""
     source = open_sources([root])
     formats = np.concatenate([manifest.entries["format"] for manifest in source.manifests])
     jpegs = np.flatnonzero(formats == FORMATS.index("JPEG"))
     if not len(jpegs):
         raise UserError(f"{root}: holds no JPEG, and JPEGs are what is timed")
     chosen = jpegs[np.linspace(0, len(jpegs) - 1, min(limit, len(jpegs))).astype(int)]
-    return [source.read(int(i)) for i in chosen]
+    return [source.read(int(i)) for i in np.random.default_rng(0).permutation(chosen)]
 
 
 def synthetic_jpegs(height: int, width: int, count: int) -> list[bytes]:

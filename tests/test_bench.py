@@ -259,3 +259,136 @@ def test_attention_is_ranked_by_time_forward_and_backward() -> None:
         '    (256, 80): ("sdpa_cudnn",),  # 256 tokens: 1000 us',
         "},",
     ], done.stderr
+
+
+# bench.data with readers of our own: two that are right, some that do other work, and some that fail
+READERS = """
+def fake(change, nap, images, threads):
+    import itertools, time
+    dataset = Pillow(images)
+    ids = torch.arange(8 * images.batch_size).view(8, -1) % len(dataset)
+    batches = [torch.stack([dataset[int(i)] for i in row]) for row in ids]
+    for batch in itertools.cycle(batches):
+        time.sleep(nap)
+        yield change(batch)
+
+def spins(images, threads):
+    import signal, time
+    if (child := os.fork()) == 0:
+        end = time.monotonic() + 30
+        while time.monotonic() < end and os.getppid() != 1:
+            pass
+        os._exit(0)
+    try:
+        yield from fake(lambda batch: batch, 0.02, images, threads)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+def refuses(images, threads):
+    raise OSError("no codec\\nsecond line")
+    yield
+
+def nearest(batch):
+    coarse = torch.nn.functional.interpolate(batch, scale_factor=0.25, mode="area")
+    return torch.nn.functional.interpolate(coarse, batch.shape[-2:])
+
+CHANGES = {
+    "bgr": lambda batch: batch.flip(1),
+    "upside down": lambda batch: batch.flip(2),
+    "black": lambda batch: 0 * batch,
+    "not normalised": lambda batch: batch / 2,
+    "always the same": lambda batch: batch[:8].repeat(2, 1, 1, 1),
+    "blurred": nearest,
+    "small": lambda batch: batch[..., ::2],
+    "half a batch": lambda batch: batch[::2],
+    "not a number": lambda batch: batch * float("nan"),
+    "dies": lambda batch: os._exit(3),
+    "hangs": lambda batch: __import__("time").sleep(1e4),
+}
+
+def readers(device, threads):
+    def reader(name, change, nap=0.0, **more):
+        return Reader(name=name, open=functools.partial(fake, change, nap), delivers=FLOAT, **more)
+    pixels = lambda batch: ((batch.permute(0, 2, 3, 1) * torch.from_numpy(STD) + torch.from_numpy(MEAN)) * 255).byte()
+    return [
+        reader("ours", pixels, 0.02, role="ours"), reader("rival", lambda batch: batch, 0.04),
+        Reader(name="spins", open=spins), reader("absent", None, needs=("nowhere.at_all",)),
+        Reader(name="refuses", open=refuses), *(reader(name, change) for name, change in CHANGES.items()),
+    ]
+"""
+
+
+@pytest.fixture
+def with_readers(checkout: Path) -> Path:
+    for name, before, after in (("readers", "", ""), ("data", "_HANG_S = 120.0", "_HANG_S = 10.0")):
+        path = checkout / f"bench/{name}.py"
+        text = path.read_text()
+        assert before in text
+        path.unlink()
+        path.write_text(text.replace(before, after) if before else text + READERS)
+    return checkout
+
+
+def test_the_feed_and_its_rivals_are_timed_after_a_look_at_their_images(with_readers: Path) -> None:
+    out, table = with_readers / "rows.jsonl", with_readers / "table.md"
+    options = ["--quick", "--only", "cifar", "--threads", "2", "--json", str(out), "--markdown", str(table)]
+    done = run(with_readers, "bench.data", *options, TMPDIR=str(with_readers))
+    assert done.returncode == 0, done.stderr
+    rows = {row["variant"]: row for row in read(out)}
+    for row in rows.values():
+        assert {"op", "device", "cpu", "torch", "commit", "sources", "date", "libraries", "workers"} <= set(row)
+        assert (row["case"], row["images"]) == ("synthetic 32x32 at 32 px", "synthetic 32x32")
+    for name, most in (("ours", 16 / 0.02), ("rival", 16 / 0.04), ("spins", 16 / 0.02)):
+        row = rows[name]
+        assert row["status"] == "ok" and row["rounds"] == 2, row
+        assert most / 3 < row["images_per_s_p20"] <= row["images_per_s"] <= row["images_per_s_p80"] <= most
+        for rate in ("images_per_s", "images_per_cpu_s"):
+            best = max(rows["rival"][rate], rows["spins"][rate])
+            assert row[f"{rate}_over_best_rival"] == pytest.approx(row[rate] / best)
+    assert rows["spins"]["cores_used"] > 2 * rows["ours"]["cores_used"], "a child's time is counted"
+    assert rows["spins"]["images_per_cpu_s"] < rows["rival"]["images_per_cpu_s"]
+    reasons = {name: (row["status"], row["reason"]) for name, row in rows.items() if row["status"] != "ok"}
+    expected = {
+        "absent": ("cannot run", "not installed: nowhere.at_all"), "refuses": ("cannot run", "OSError: no codec"),
+        "bgr": ("wrong", "red is "), "upside down": ("wrong", "top - bottom is "), "black": ("wrong", "red is "),
+        "not normalised": ("wrong", " instead of "), "always the same": ("wrong", " images are different"),
+        "blurred": ("wrong", "detail is "), "small": ("wrong", "batches of (16, 32, 16, 3) instead of (16, 32, 32, 3)"),
+        "half a batch": ("wrong", "batches of (8, 32, 32, 3)"), "not a number": ("wrong", "red is nan"),
+        "dies": ("cannot run", "its process died (exit code 3)"), "hangs": ("cannot run", "no answer for 10 s"),
+    }  # fmt: skip
+    assert reasons.keys() == expected.keys()
+    for name, (status, reason) in expected.items():
+        assert reasons[name][0] == status and reason in reasons[name][1], (name, reasons[name])
+        assert "images_per_s" not in rows[name]
+    text = table.read_text()
+    assert "| **ours** |" in text and "cannot run: not installed: nowhere.at_all" in text and "Ceilings" not in text
+    assert not list(with_readers.glob("bench-data-*")), "what was laid out is gone"
+
+
+def test_what_is_made_of_waits_and_of_input() -> None:
+    code = """
+import json, sys
+import numpy as np
+from bench import waits
+from bench.data import main
+fed = [(0.0, 100.0)] * 17 + [(2.0, 100.0), (0.5, 10.0), (50.0, 150.0)]
+print(json.dumps(waits.figures(fed, [90.0, 95.0, 99.0])))
+batches = iter(range(9))
+timed = waits.timed_steps(lambda batch: waits.time.sleep(0.02), batches, 3)
+print(json.dumps([timed, next(batches)]))
+print(main(["--cifar", "/nowhere", "--only", "cifar"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    first, second, code_of_bad_input = done.stdout.splitlines()
+    figures = json.loads(first)
+    assert figures.pop("wait_ms_p95") == pytest.approx(4.4)
+    assert figures.pop("share_waited") == pytest.approx(52.5 / 1960)
+    assert figures == {
+        "steps": 20, "step_ms": 100.0, "step_ms_without_feed": 95.0, "wait_ms_median": 0.0, "wait_ms_max": 50.0,
+        "steps_over_1_ms": 0.1, "steps_over_1_percent": 0.15,
+    }  # fmt: skip
+    timed, left = json.loads(second)
+    assert left == 3 and all(waited < 20 <= whole for waited, whole in timed)
+    assert code_of_bad_input == "2"
+    assert done.stderr == "error: /nowhere: no such file or folder; give the folder that holds the images\n"

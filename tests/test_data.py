@@ -628,6 +628,23 @@ def test_two_thousand_batches_leak_nothing(mixture: Mixture):
     assert len({threads for _, _, threads in marks}) == 1 and after[2] == before[2]
 
 
+def test_a_caller_that_is_busy_is_not_run_ahead_of(source: Mixture, monkeypatch: pytest.MonkeyPatch):
+    """What is read ahead is bounded, waits for the caller, and is at hand when it comes back."""
+    read, taken = Mixture.read, []
+    monkeypatch.setattr(Mixture, "read", lambda self, i, **options: taken.append(i) or read(self, i, **options))
+    for prefetch in (1, 3):
+        taken.clear()
+        loader = batches(source, last_step=None, prefetch=prefetch, batch_size=4, threads=2)
+        next(loader)
+        time.sleep(0.5)
+        ahead = len(taken)
+        time.sleep(0.3)
+        # of batches: one handed over, `prefetch` in the pipeline, as many in the queue, one that waits for room in it
+        assert ahead == len(taken) and ahead <= 4 * (2 + 2 * prefetch)
+        assert prefetch == 1 or next(loader).wait_ms < 20
+        loader.close()
+
+
 def test_closing_ends_every_thread(source: Mixture):
     list(batches(source, last_step=1))
     before = _resources()[2]

@@ -816,6 +816,17 @@ def test_processes_find_what_threads_find(tmp_path: Path):
     assert [json.loads(line) for line in lines] == [r._asdict() for r in rejected] and len(lines) == 6
 
 
+@pytest.mark.parametrize("shown", [True, False, None])
+def test_progress_counts_every_image(tmp_path: Path, shown: bool | None, capsys: pytest.CaptureFixture[str]):
+    """On a terminal; a log file stays free of it."""
+    for i in range(300):
+        (tmp_path / "data" / f"{i}.jpg").write_bytes(SOUND if i % 3 else b"")
+    with ThreadPoolExecutor(2) as pool:
+        index.build(find_source(str(tmp_path / "data")), mode="quick", pool=pool, progress=shown)
+    said = capsys.readouterr().err
+    assert ("100%" in said and "300/300" in said and "images/s" in said) if shown else said == ""
+
+
 def test_a_manifest_is_a_root(tmp_path: Path):
     data, out = tmp_path / "data", tmp_path / "mine.index"
     (data / "a.jpg").write_bytes(SOUND)

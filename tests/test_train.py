@@ -243,6 +243,44 @@ def as_tar(images: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("bad", [False, True])
+def test_nothing_is_written_but_the_cache_and_the_run(images: Path, tmp_path: Path, bad: bool) -> None:
+    """A process whose home, working folder and temporary folder are watched, beside its images; also if it fails."""
+    places = {name: tmp_path / name for name in ("home", "work", "temporary", "data", "cache")}
+    for name in ("home", "work", "temporary"):
+        places[name].mkdir()
+    shutil.copytree(images, places["data"])
+    for path in (places["data"] / "cat").iterdir() if bad else ():  # a quick index does not see it, training does
+        path.write_bytes(path.read_bytes()[: -(path.stat().st_size // 4)])
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+    variables |= {
+        "HOME": str(places["home"]), "TMPDIR": str(places["temporary"]), "CJEPA_CACHE": str(places["cache"]),
+        "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+    def stamps(root: Path) -> dict[str, tuple[int, int]]:
+        return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(root.rglob("*"))}
+
+    before, checkout = stamps(tmp_path), stamps(ROOT / "cjepa_fast")
+    done = subprocess.run(
+        [sys.executable, "-m", "cjepa_fast.train", *SMALL, "--optim.steps", "2", "--data.root", str(places["data"]),
+         "--run.dir", "run"],
+        cwd=places["work"], env=variables, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == (2 if bad else 0), done.stderr
+    after = stamps(tmp_path)
+    new = {name for name in after if after[name] != before.get(name)}
+    assert "cache/manifests" in new and set(before) <= set(after)
+    assert ("work/run/metrics.jsonl" in new) is not bad
+    outside = {name for name in new if not name.startswith(("cache", "work/run"))}
+    # torch makes an empty folder for its compiler when it is imported
+    assert all(name in ("work", "temporary") or name.startswith("temporary/torchinductor_") for name in outside), (
+        outside
+    )
+    assert not [path for path in places["temporary"].rglob("*") if path.is_file()]
+    assert stamps(ROOT / "cjepa_fast") == checkout
+
+
 def test_shards_train_as_folders_do(images: Path, straight: Path, tmp_path: Path) -> None:
     shards = as_tar(images, tmp_path / "shards")
     assert without_clocks(run(shards, tmp_path / "run")) == without_clocks(metrics(straight))
