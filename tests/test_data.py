@@ -116,16 +116,17 @@ def test_every_kind_of_source_shows_the_same(source: Mixture, tmp_path: Path, ki
 # --- pixels
 
 
-def test_batches_agree_with_pillow(source: Mixture):
+@pytest.mark.parametrize("size", [24, 64])  # resized by DALI and, from 64 pixels, by torch
+def test_batches_agree_with_pillow(source: Mixture, size: int):
     seen = 0
-    for batch in batches(source, first_step=2, last_step=5):
+    for batch in batches(source, first_step=2, last_step=5, image_size=size, threads=3):
         ids = batch.ids.numpy()
         windows = crop_windows(ids, source.sizes[ids], seed=3, epoch=batch.epoch, scale=SCALE, ratio=RATIO)
         flips = flip_flags(ids, seed=3, epoch=batch.epoch)
-        assert batch.images.dtype == torch.uint8 and batch.images.shape == (16, 24, 24, 3)
+        assert batch.images.dtype == torch.uint8 and batch.images.shape == (16, size, size, 3)
         assert batch.wait_ms > 0
         for image, i, window, flip in zip(batch.images.numpy(), ids, windows, flips, strict=True):
-            expected = pillow_view(source.path(i), window, 24)
+            expected = pillow_view(source.path(i), window, size)
             difference = np.abs(image.astype(int) - (expected[:, ::-1] if flip else expected))
             # Measured: mean up to 0.24, at most 4 of 255 levels, from rounding in the two resamplers.
             assert difference.mean() < 0.5 and difference.max() <= 6
@@ -616,7 +617,7 @@ def test_two_thousand_batches_leak_nothing(mixture: Mixture):
     for start in range(0, 2400, 100):
         options = TWO if start % 200 else {}
         for batch in batches(
-            mixture, batch_size=8, image_size=16, first_step=start, last_step=start + 100, threads=2, **options
+            mixture, batch_size=8, image_size=16 if start % 200 else 64, first_step=start, last_step=start + 100, threads=2, **options
         ):
             if batch.step % 400 == 350:
                 marks.append(_resources())
@@ -645,10 +646,11 @@ def test_a_caller_that_is_busy_is_not_run_ahead_of(source: Mixture, monkeypatch:
         loader.close()
 
 
-def test_closing_ends_every_thread(source: Mixture):
+@pytest.mark.parametrize("size", [24, 64])
+def test_closing_ends_every_thread(source: Mixture, size: int):
     list(batches(source, last_step=1))
     before = _resources()[2]
-    loaders = [batches(source, last_step=None, threads=3) for _ in range(4)]
+    loaders = [batches(source, last_step=None, threads=3, image_size=size) for _ in range(4)]
     for loader in loaders:
         next(loader)
     assert _resources()[2] > before + 20
