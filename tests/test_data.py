@@ -615,10 +615,8 @@ def test_two_thousand_batches_leak_nothing(mixture: Mixture):
     before = _resources()
     marks = []
     for start in range(0, 2400, 100):
-        options = TWO if start % 200 else {}
-        for batch in batches(
-            mixture, batch_size=8, image_size=16 if start % 200 else 64, first_step=start, last_step=start + 100, threads=2, **options
-        ):
+        options = {**TWO, "image_size": 16} if start % 200 else {"image_size": 64}
+        for batch in batches(mixture, batch_size=8, first_step=start, last_step=start + 100, threads=2, **options):
             if batch.step % 400 == 350:
                 marks.append(_resources())
     gc.collect()
