@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench.readers import Images
 from cjepa_fast import config, ops, optim, train
@@ -111,14 +110,11 @@ def training_step(c: config.Config, device: torch.device) -> tuple[Callable[[Any
         min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
     )  # fmt: skip
     counter = itertools.count()
-
-    def on_device(indices: Tensor) -> Tensor:
-        return train.to_device(indices, device)
+    unions = c.runtime.target_union_only and (not c.loss.vicreg_weight or c.loss.vicreg_views == "target_blocks")
 
     def step(batch: Any) -> None:
-        masks = sampler.sample(next(counter), batch.ids)
-        context, target = on_device(masks.context), on_device(masks.target)
-        forward_backward(networks, batch.images, context, target, weights, c.runtime.accumulate)
+        masks = sampler.sample_parts(next(counter), batch.ids, c.runtime.accumulate, union=unions)
+        forward_backward(networks, batch.images, [part.to(device) for part in masks], weights)
         optimizer.step(momentum=c.optim.ema)
         optimizer.zero_grad()
         if device.type == "cuda":
