@@ -1,4 +1,4 @@
-"""What `bench.step` makes of its measurements: figures, tables, the drawing of waterfalls. Arithmetic and text alone."""
+"""What `bench.step` makes of its measurements: figures, tables, drawings of waterfalls. Arithmetic and text alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step as the published I-JEPA trainer does it, with the habits that cost time, and C-JEPA's Algorithm 1 as printed.
+"""The step as the published I-JEPA trainer does it, costly habits included, and C-JEPA's Algorithm 1 as printed.
 
 Each habit has a switch, so that the waterfall of `bench.step` can drop one after the other.
 """
@@ -272,9 +272,9 @@ def one_pass(z: Tensor, weights: tuple[float, float, float]) -> Tensor:
 def collate(
     grid: int, images: int, generator: torch.Generator, *, min_keep: int = 10, targets: int = 4
 ) -> list[Tensor]:
-    """Masks of a batch by a loop in Python over images and blocks, with a tensor of the grid for each, cut to the least.
+    """Masks of a batch by a loop in Python over images and blocks, a tensor of the grid for each, cut to the least.
 
-    What the published collator does in its workers; for its cost alone, as the masks that are timed are the same for all.
+    What the published collator does in its workers; for its cost alone, as the masks timed are the same for all.
     """
     uniform = torch.rand(2, generator=generator).tolist()
 
