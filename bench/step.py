@@ -33,8 +33,13 @@ LOSS_LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # relative difference of the first l
 _ANSWER_S = 900
 _TURN_S = {"cuda": 0.4, "cpu": 0.4}  # least length of a turn
 
-_CUTS = ("predictor_targets_only", "predictor_shared_start", "target_union_only")
-_OFF = {cut: "off" for cut in _CUTS}
+# of ours, exact each: key under `runtime` and what it adds
+_SWITCHES = {
+    "predictor_targets_only": "last predictor block: target rows alone",
+    "predictor_shared_start": "first predictor block: context once",
+    "target_union_only": "last target block: target rows alone",
+    "keep_memory": "freed memory kept (CPU)",
+}
 
 
 def rungs(device: str) -> list[tuple[str, str]]:
@@ -64,11 +69,11 @@ def rungs(device: str) -> list[tuple[str, str]]:
     def ours(**options: str) -> str:
         return "ours:" + ",".join(f"{key}={value}" for key, value in options.items())
 
-    climb.append(("our step without the cuts" + (", its kernels" if gpu else ""), ours(**_OFF)))
-    labels = ("last predictor block: targets alone", "first predictor block: context once",
-              "last target block: targets alone")  # fmt: skip
-    for index, label in enumerate(labels):
-        climb.append((label, ours(**{cut: "off" for cut in _CUTS[index + 1 :]}) if index < 2 else "ours"))
+    off = dict.fromkeys(switches := list(_SWITCHES) if not gpu else list(_SWITCHES)[:-1], "off")
+    climb.append(("our step, its kernels" if gpu else "our step", ours(**off)))
+    for switch in switches:
+        del off[switch]
+        climb.append((_SWITCHES[switch], ours(**off) if off else "ours"))
     return climb
 
 

@@ -14,6 +14,7 @@ from cjepa_fast import config
 
 VARIANTS = (
     "ours",
+    "ours:predictor_targets_only=off,predictor_shared_start=off,target_union_only=off",
     "eager",
     "eager:attention=sdpa",
     "eager:attention=sdpa,pairs=off,syncs=off",
@@ -32,7 +33,7 @@ def named(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def differences(
-    device: torch.device, checkout: str | None = None, mask_modes: tuple[str, ...] = ("fixed",)
+    device: torch.device, checkout: str | None = None, mask_modes: tuple[str, ...] = ("fixed", "packed")
 ) -> list[str]:
     """What is wrong, one line each, beginning with the trainer's name; empty if all do the same work."""
     found: list[str] = []

@@ -28,7 +28,7 @@ class Worker:
         self.config = trainers.configure(task["model"], task["masks"], task["precision"])
         samples = trainers.sample(self.config, task["batch"], 2)
         self.tokens = {
-            "context_tokens": trainers.context_tokens(samples[0][1]),
+            "context_tokens": trainers.mean_context(samples[0][1]),
             "target_tokens": samples[0][1].target.shape[2],
         }
         self.trainer: Trainer = trainers.build(

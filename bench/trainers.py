@@ -88,13 +88,13 @@ def sample(c: Config, batch_size: int, count: int) -> list[tuple[Tensor, Masks]]
     return [
         (
             torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
-            sampler.sample(step, range(index * batch_size, (index + 1) * batch_size)),
+            sampler.sample(step, range(index * batch_size, (index + 1) * batch_size), union=True),
         )
         for index in range(count)
     ]
 
 
-def context_tokens(masks: Masks) -> float:
+def mean_context(masks: Masks) -> float:
     """Mean number of context patches of an image."""
     if masks.offsets is None:
         return masks.context.shape[1]
@@ -106,6 +106,9 @@ class Ours:
 
     def __init__(self, networks: Networks, c: Config, device: torch.device) -> None:
         self.networks, self.device = networks, device
+        if device.type == "cpu" and c.runtime.keep_memory:
+            train.keep_freed_memory()
+        self.unions = c.runtime.target_union_only
         self.note = train.compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
         self.optimizer = optim.AdamW(
             optim.parameter_groups(networks), lr=SCHEDULE.lr, betas=c.optim.betas, eps=c.optim.eps,
@@ -116,14 +119,13 @@ class Ours:
         )
 
     def batch(self, images: Tensor, masks: Masks) -> Batch:
-        return images.to(self.device), masks.context.to(self.device), masks.target.to(self.device)
+        if not self.unions:
+            masks = masks._replace(union=None, union_offsets=None, target_slot=None)
+        return images.to(self.device), [masks.to(self.device)]
 
     def gradients(self, batch: Batch, mark: Mark = no_mark) -> Tensor | float:
-        images, context, target = batch
-        if mark is no_mark:
-            return forward_backward(self.networks, images, context, target, self.weights).terms.loss
-        with _hooks(self.networks, mark):
-            return forward_backward(self.networks, images, context, target, self.weights).terms.loss
+        with _hooks(self.networks, mark) if mark is not no_mark else contextlib.nullcontext():
+            return forward_backward(self.networks, *batch, self.weights).terms.loss
 
     def update(self) -> None:
         for group in self.optimizer.param_groups:

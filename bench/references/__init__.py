@@ -35,9 +35,12 @@ class Schedule:
 
 
 class Trainer(Protocol):
-    """One way to train. `networks` has `encoder`, `predictor`, `target_encoder` and `projector` (or None)."""
+    """One way to train."""
 
-    networks: nn.Module
+    @property
+    def networks(self) -> nn.Module:
+        """With `encoder`, `predictor`, `target_encoder` and `projector`, which may be None."""
+        ...
 
     def batch(self, images: Tensor, masks: Masks) -> Batch:
         """What its own loader hands over, on its device, from bytes [B, H, W, 3] and masks; not timed."""
@@ -49,6 +52,10 @@ class Trainer(Protocol):
 
     def update(self) -> None:
         """Optimizer and EMA; leaves no gradients."""
+        ...
+
+    def step(self, batch: Batch, mark: Mark = no_mark) -> Tensor | float:
+        """Both, and what else it does every step; returns the loss."""
         ...
 
 
