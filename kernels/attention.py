@@ -239,7 +239,9 @@ def _bwd_kernel(
         b_dv0, b_dv1 = accumulate(b_p, b_do0, b_do1, b_dv0, b_dv1, D1)
         b_dp = product(b_v0, b_v1, b_do0, b_do1, D1)
         if ONE_PASS:
-            b_delta = tl.sum(b_p * b_dp, axis=0)  # equals rowsum(dO * O), as all keys are here
+            # equals rowsum(dO * O), as all keys are here; over a row's sum, which rounding of large logits keeps from 1
+            b_row = tl.sum(b_p, axis=0)
+            b_delta = tl.sum(b_p * b_dp, axis=0) / tl.where(b_row > 0.0, b_row, 1.0)
         else:
             b_delta = row_sums(p_o + o_q * (H * D), b_do0, b_do1, m_q, D, D0, D1)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q0.dtype)

@@ -682,7 +682,7 @@ def test_expected_tokens_and_cost_of_every_mode(mode: str) -> None:
     tokens = sampler.expected_tokens(32)
     assert tokens == pytest.approx(np.mean(seen, axis=0), rel=0.02)
     c = config.replace(PRESETS["cifar10_tiny"], {"mask.mode": mode, "mask.num_targets": sampler.num_targets})
-    report = cost.report(c, 10**6, 1, *tokens)
+    report = cost.report(c, 10**6, config.World(), *tokens)
     assert f"{tokens[0]:.1f} in the context" in report and f"{sampler.num_targets} x {tokens[1]:.1f}" in report
 
 

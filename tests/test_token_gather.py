@@ -671,5 +671,7 @@ def test_networks_pass_the_choice_on() -> None:
     encoder, predictor = networks("cuda")
     with pytest.raises(UserError, match="unknown impl 'cuda' for patch_embed"):
         encoder(given["images"])
-    with pytest.raises(UserError, match="unknown impl 'cuda' for predictor_tokens"):
-        predictor(torch.zeros(2, 6, 32, device=DEVICE), given["indices"], given["indices"][:, None])
+    for shared_start, operation in ((True, "predictor_rows"), (False, "predictor_tokens")):
+        predictor.shared_start = shared_start
+        with pytest.raises(UserError, match=f"unknown impl 'cuda' for {operation}"):
+            predictor(torch.zeros(2, 6, 32, device=DEVICE), given["indices"], given["indices"][:, None])
