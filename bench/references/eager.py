@@ -238,7 +238,8 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         if self.syncs:
-            norms = [float(torch.norm(p.grad)) for p in networks.encoder.parameters() if p.ndim > 1]
+            trained = (p for p in networks.encoder.parameters() if p.ndim > 1)
+            norms = [float(torch.norm(p.grad)) for p in trained if p.grad is not None]
             assert all(math.isfinite(norm) for norm in norms)
         self.optimizer.zero_grad()
         followed: list[Tensor] = [*networks.encoder.parameters()]
