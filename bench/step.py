@@ -35,8 +35,10 @@ LOSS_LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # relative difference of the first l
 _ANSWER_S = 900
 _TURN_S = {"cuda": 0.4, "cpu": 0.4}  # least length of a turn
 
-# of ours, exact each: key under `runtime` and what it adds; the first concerns 16 bits alone
+# of ours, exact each: key under `runtime` and what it adds; the first is all that the kernels are on a CPU, where a GPU
+# has them from the start, the second concerns 16 bits alone
 _SWITCHES = {
+    "kernels": "linear layers by oneDNN",
     "weight_copies": "weights rounded once a step",
     "predictor_targets_only": "last predictor block: target rows alone",
     "predictor_shared_start": "first predictor block: context once",
@@ -75,7 +77,9 @@ def rungs(device: str, precision: str) -> list[tuple[str, str]]:
     def ours(**options: str) -> str:
         return "ours:" + ",".join(f"{key}={value}" for key, value in options.items())
 
-    off = dict.fromkeys((key for key in _SWITCHES if key != "weight_copies" or precision != "fp32"), "off")
+    left_out = {"kernels"} if gpu else set()
+    left_out |= {"weight_copies"} if precision == "fp32" else set()
+    off = {key: "eager" if key == "kernels" else "off" for key in _SWITCHES if key not in left_out}
     climb.append(("our step, its kernels" if gpu else "our step", ours(**off)))
     for switch in list(off):
         del off[switch]

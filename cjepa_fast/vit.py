@@ -108,8 +108,12 @@ class _Rounding:
 class Linear(_Rounding, nn.Linear):
     """A linear layer in its input's dtype."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, *self.rounded(input.dtype))
+    def __init__(self, width: int, out: int, kernels: str = "auto") -> None:
+        super().__init__(width, out)
+        self.kernels = kernels
+
+    def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
+        return ops.linear(input, *self.rounded(input.dtype), gelu=gelu, impl=self.kernels)
 
 
 class LayerNorm(_Rounding, nn.LayerNorm):
@@ -202,13 +206,13 @@ class Origin(NamedTuple):
 class Attention(nn.Module):
     """Bidirectional multi-head self-attention: rows -> rows, see `Block`."""
 
-    def __init__(self, width: int, heads: int, impl: str = "auto") -> None:
+    def __init__(self, width: int, heads: int, impl: str = "auto", kernels: str = "auto") -> None:
         super().__init__()
         if width % heads:
             raise UserError(f"width {width} is not divisible by {heads} attention heads")
-        self.width, self.heads, self.impl = width, heads, impl
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.width, self.heads, self.impl, self.kernels = width, heads, impl, kernels
+        self.qkv = Linear(width, 3 * width, kernels)
+        self.proj = Linear(width, width, kernels)
 
     def forward(
         self, x: Tensor, layout: Layout = FIXED, wanted: Selection | None = None, origin: Origin | None = None
@@ -220,7 +224,8 @@ class Attention(nn.Module):
             weight, bias = self.qkv.rounded(x.dtype)
             assert bias is not None
             weights, biases = (values.split([self.width, 2 * self.width]) for values in (weight, bias))
-            query, qkv = (F.linear(*of) for of in zip((chosen.of(x), x), weights, biases, strict=True))
+            each = zip((chosen.of(x), x), weights, biases, strict=True)
+            query, qkv = (ops.linear(*of, impl=self.kernels) for of in each)
         else:
             qkv = self.qkv(x)
             if origin is not None:
@@ -239,13 +244,13 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two-layer perceptron with exact (erf) GELU."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, kernels: str = "auto") -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = Linear(width, hidden, kernels)
+        self.fc2 = Linear(hidden, width, kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x, gelu=True))
 
 
 class Block(nn.Module):
@@ -254,12 +259,12 @@ class Block(nn.Module):
     origin: what x's rows are copies of, if they are; norm and projection are then computed once for each.
     """
 
-    def __init__(self, shape: VitShape, attention: str = "auto") -> None:
+    def __init__(self, shape: VitShape, attention: str = "auto", kernels: str = "auto") -> None:
         super().__init__()
         self.norm1 = LayerNorm(shape.width, eps=1e-6)
-        self.attn = Attention(shape.width, shape.heads, attention)
+        self.attn = Attention(shape.width, shape.heads, attention, kernels)
         self.norm2 = LayerNorm(shape.width, eps=1e-6)
-        self.mlp = Mlp(shape.width, round(shape.width * shape.mlp_ratio))
+        self.mlp = Mlp(shape.width, round(shape.width * shape.mlp_ratio), kernels)
 
     def forward(
         self, x: Tensor, layout: Layout = FIXED, wanted: Selection | None = None, origin: Origin | None = None
@@ -339,7 +344,7 @@ class Encoder(nn.Module):
         # a buffer: fixed, yet part of the state dict under the name that checkpoints use
         self.register_buffer("pos_embed", sincos_positions(shape.width, self.grid))
         self.patch_embed = PatchEmbed(patch_size, shape.width, mean, std, kernels)
-        self.blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.depth))
+        self.blocks = nn.ModuleList(Block(shape, attention, kernels) for _ in range(shape.depth))
         self.norm = LayerNorm(shape.width, eps=1e-6)
         _initialise(self, self.blocks, depth_rescale)
 
@@ -382,12 +387,12 @@ class Predictor(nn.Module):
         self.kernels, self.shared_context = kernels, shared_context
         # with a shared context there is nothing to share at the start
         self.targets_only, self.shared_start = targets_only, shared_start and not shared_context
-        self.predictor_embed = Linear(encoder_width, shape.width)
+        self.predictor_embed = Linear(encoder_width, shape.width, kernels)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, shape.width))
         self.register_buffer("predictor_pos_embed", sincos_positions(shape.width, grid))
-        self.predictor_blocks = nn.ModuleList(Block(shape, attention) for _ in range(shape.depth))
+        self.predictor_blocks = nn.ModuleList(Block(shape, attention, kernels) for _ in range(shape.depth))
         self.predictor_norm = LayerNorm(shape.width, eps=1e-6)
-        self.predictor_proj = Linear(shape.width, encoder_width)
+        self.predictor_proj = Linear(shape.width, encoder_width, kernels)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         _initialise(self, self.predictor_blocks, depth_rescale)
 

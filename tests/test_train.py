@@ -164,7 +164,7 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
         (["--runtime.data-threads", "3"], 0),
         (["--runtime.accumulate", "2"], 1e-5),
         (["--runtime.cpu-threads", "2"], 1e-5),
-        (["--runtime.kernels", "eager"], 0),
+        (["--runtime.kernels", "eager"], 1e-5),
         (["--runtime.masks", "numpy"], 0),
         (["--runtime.no-predictor-targets-only"], 1e-5),
         (["--runtime.no-predictor-shared-start"], 1e-5),
