@@ -206,7 +206,8 @@ def test_speed_settings_change_nothing(
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance, abs=0), f"step {a['step']}"
 
 
-def test_a_request_to_stop_ends_in_a_checkpoint(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_request_to_stop_ends_in_a_checkpoint(images: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     arguments = [*SMALL, "--data.root", str(images), "--run.dir", str(out), "--optim.steps", "5000"]
     with subprocess.Popen(
@@ -215,7 +216,7 @@ def test_a_request_to_stop_ends_in_a_checkpoint(images: Path, tmp_path: Path) ->
         while not (out / "metrics.jsonl").exists() or not metrics(out):
             assert process.poll() is None
             time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "continue with --resume" in output
     state = json.loads((out / "run_state.json").read_text())
