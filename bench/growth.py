@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES), help="[all]")
     parser.add_argument("--rounds", type=int, help="turns of each size [7]")
-    parser.add_argument("--threads", type=int, default=1, help="of torch: several wait for each other on a busy CPU [1]")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; on a busy CPU several wait for one another [1]"
+    )
     parser.add_argument("--json", type=Path, help="write the record")
     parser.add_argument("--quick", action="store_true", help="two sizes, two rounds: to see that the pieces fit")
     arguments = parser.parse_args(argv)

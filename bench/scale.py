@@ -25,6 +25,7 @@ from bench import run, scale_check, trainers
 from bench.step_report import text_element
 from cjepa_fast import config, cost, train
 from cjepa_fast.config import Config, World
+from cjepa_fast.errors import UserError
 from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.ops._variance_covariance import cheaper_form
 from cjepa_fast.step import Networks
@@ -493,7 +494,7 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     try:
         found = rows(arguments.models, arguments.gpus, arguments.images, machine, changes)
-    except config.UserError as error:
+    except UserError as error:
         parser.error(str(error))
     print("A model, not a measurement. Inputs, all assumed, not measured:")
     inputs = [f"{name} {value:g}: {ORIGINS[name]}" for name, value in machine._asdict().items()]
@@ -509,7 +510,8 @@ def main(argv: list[str] | None = None) -> int:
         }  # fmt: skip
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.figure is not None:
-        title = f"Modelled, not measured: {machine.tflop_s:g} TFLOP/s at {machine.fraction:.0%}, {machine.gpus_per_node} GPUs a node"
+        rate = f"{machine.tflop_s:g} TFLOP/s at {machine.fraction:.0%}"
+        title = f"Modelled, not measured: {rate}, {machine.gpus_per_node} GPUs a node"
         arguments.figure.write_text(figure(found, title))
     return 0
 

@@ -138,9 +138,10 @@ def count(layout: Layout, world: World) -> list[Counts]:
         context_keep=c.mask.context_keep,
     )  # fmt: skip
     images = torch.zeros(_IMAGES, c.model.image_size, c.model.image_size, 3, dtype=torch.uint8)
+    ids = range(world.rank * _IMAGES, (world.rank + 1) * _IMAGES)
     found = []
     for step in range(STEPS):
-        masks = sampler.sample_parts(step, range(world.rank * _IMAGES, (world.rank + 1) * _IMAGES), c.runtime.accumulate)
+        masks = sampler.sample_parts(step, ids, c.runtime.accumulate)
         with Counter() as counter:
             forward_backward(networks, images, masks, weights)
             optimizer.step(momentum=0.99)
