@@ -397,18 +397,22 @@ def run_directory(c: config.Config, resume: Path | None, device: torch.device) -
 
 class InterruptFlag:
     """Set by SIGTERM, SIGINT or SIGUSR1 (what Slurm can send ahead of a time limit), acted on at the next log line so
-    that all ranks agree; a second one ends at once.
+    that all ranks agree. A second one ends at once, unless it follows within `REPEAT_S`: where a scheduler signals
+    every process and torchrun passes its own signal on, each comes twice.
     """
 
+    REPEAT_S = 5.0
+
     def __init__(self) -> None:
-        self.is_set = False
+        self.is_set, self._since = False, 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set:
+        if not self.is_set:
+            self.is_set, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > self.REPEAT_S:
             os._exit(128 + number)
-        self.is_set = True
 
 
 if __name__ == "__main__":

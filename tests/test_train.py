@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cjepa_fast import checkpoint
-from cjepa_fast.train import main
+from cjepa_fast.train import InterruptFlag, main
 from cjepa_fast.views import epoch_order
 
 STEPS = 12
@@ -264,11 +264,33 @@ def test_a_request_to_stop_ends_in_a_checkpoint(
             assert process.poll() is None
             time.sleep(0.2)
         process.send_signal(number)
+        if not launcher:  # as a scheduler and torchrun may both send it
+            time.sleep(0.02)
+            process.send_signal(number)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == (1 if launcher else 0) and "continue with --resume" in output
     state = json.loads((out / "run_state.json").read_text())
     assert state["status"] == "preempted" and 0 < state["step"] < 5000
     assert (out / "checkpoints" / f"step-{state['step']:08d}" / checkpoint.MANIFEST).exists()
+
+
+def test_a_second_request_to_stop_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    ended: list[int] = []
+    clock = iter([100.0, 104.0, 106.0])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    try:
+        flag = InterruptFlag()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert flag.is_set and not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [143]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_bare_images_train_without_a_probe(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
