@@ -356,7 +356,7 @@ def bottleneck(phases: dict[str, float]) -> str:
 
 
 def row(model: str, gpus: int, images: int, machine: Machine, changes: dict[str, Any]) -> Row:
-    """The step of `gpus` GPUs with `images` each."""
+    """The step of `gpus` GPUs with `images` each, laid out as `cjepa_fast.train` would on such GPUs."""
     preset, differences = MODELS[model]
     c = config.replace(
         trainers.PRESETS[preset],
@@ -395,14 +395,20 @@ def _tokens(c: Config) -> tuple[float, float]:
     ).expected_tokens()  # fmt: skip
 
 
-def rows(models: Sequence[str], gpus: Sequence[int], images: int | None, machine: Machine, changes: Row) -> list[Row]:
-    """One row a model and number of GPUs; `efficiency` is images a second and GPU over those of one GPU."""
+def rows(
+    models: Sequence[str], gpus: Sequence[int], images: int | None, machine: Machine, changes: Row,
+    batch: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """One row a model and number of GPUs, with `images` each, or `batch` over all.
+
+    `efficiency` is images a second and GPU over those of one GPU alone, which has `images`.
+    """
     found = []
     for model in models:
         own = images or (64 if model == "g" else 128)
         alone = row(model, 1, own, machine, {**changes, "runtime.shard_size": None})["images_s"]
         for count in gpus:
-            found.append(row(model, count, own, machine, changes))
+            found.append(row(model, count, own if batch is None else batch // count, machine, changes))
             found[-1]["efficiency"] = found[-1]["images_s"] / count / alone
     return found
 
@@ -473,6 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["S", "B", "L", "H", "g"], help="[all]")
     parser.add_argument("--gpus", nargs="+", type=int, default=list(GPUS), help="[1 to 1024]")
     parser.add_argument("--images", type=int, help="images per GPU [128, of g 64]")
+    parser.add_argument("--batch", type=int, help="images of a step, to be shared by any number of GPUs, instead")
     parser.add_argument("--shard-size", type=int, help="runtime.shard_size [a node]")
     parser.add_argument("--reshard", choices=("auto", "never", "always"), default="auto", help="[auto]")
     parser.add_argument("--fsdp-blocks", type=int, default=4, help="[4]")
@@ -488,12 +495,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.check:
         return scale_check.main(arguments.check)
     machine = Machine(**{name: getattr(arguments, name) for name in Machine._fields})
+    if arguments.batch is not None and (uneven := [count for count in arguments.gpus if arguments.batch % count]):
+        parser.error(f"--batch {arguments.batch} is not a multiple of {uneven[0]} GPUs")
     changes = {
         "runtime.shard_size": arguments.shard_size, "runtime.reshard": arguments.reshard,
         "runtime.fsdp_blocks": arguments.fsdp_blocks, "runtime.accumulate": arguments.accumulate,
     }  # fmt: skip
     try:
-        found = rows(arguments.models, arguments.gpus, arguments.images, machine, changes)
+        found = rows(arguments.models, arguments.gpus, arguments.images, machine, changes, arguments.batch)
     except UserError as error:
         parser.error(str(error))
     print("A model, not a measurement. Inputs, all assumed, not measured:")

@@ -190,9 +190,16 @@ def test_scale_writes_a_record_and_a_drawing(tmp_path: Path, capsys: pytest.Capt
     assert "| tiny | 16 | 8 | 8 |" in printed
     lines = xml.etree.ElementTree.parse(drawing).getroot().findall("{http://www.w3.org/2000/svg}polyline")
     assert len(lines) == 1 and len(lines[0].attrib["points"].split()) == 3
-    with pytest.raises(SystemExit):
-        scale.main(["--models", "tiny", "--gpus", "6", "--shard-size", "4"])
-    assert "runtime.shard_size: 4 does not divide the 6 processes" in capsys.readouterr().err
+    for wrong, message in (
+        (["--gpus", "6", "--shard-size", "4"], "runtime.shard_size: 4 does not divide the 6 processes"),
+        (["--gpus", "8", "6", "--batch", "64"], "--batch 64 is not a multiple of 6 GPUs"),
+    ):
+        with pytest.raises(SystemExit):
+            scale.main(["--models", "tiny", *wrong])
+        assert message in capsys.readouterr().err
+    shared = scale.rows(["tiny"], [1, 16], 8, scale.Machine(), {}, batch=128)
+    assert [row["images_per_gpu"] for row in shared] == [128, 8]
+    assert shared[1]["efficiency"] == scale.rows(["tiny"], [16], 8, scale.Machine(), {})[0]["efficiency"]
 
 
 def test_exponents_and_their_verdict() -> None:
