@@ -452,11 +452,11 @@ def figure(found: Sequence[Row], title: str) -> str:
     parts = []
     for count in sorted({row["gpus"] for row in found}):
         parts.append(text_element(x(count), top + high + 18, f"{count:,}", anchor="middle"))
-    for tenth in range(round(10 * lowest), 11):
-        parts.append(
-            f'<line x1="{left}" x2="{left + wide}" y1="{y(tenth / 10):.1f}" y2="{y(tenth / 10):.1f}" stroke="#d3d7cf"/>'
-        )
-        parts.append(text_element(left - 8, y(tenth / 10) + 4, f"{10 * tenth}%", anchor="end"))
+    apart = 2 if highest - lowest < 0.3 else 10
+    for percent in range(round(100 * lowest), round(100 * highest) + 1, apart):
+        level = y(percent / 100)
+        parts.append(f'<line x1="{left}" x2="{left + wide}" y1="{level:.1f}" y2="{level:.1f}" stroke="#d3d7cf"/>')
+        parts.append(text_element(left - 8, level + 4, f"{percent}%", anchor="end"))
     for index, model in enumerate(dict.fromkeys(row["model"] for row in found)):
         own = sorted((row for row in found if row["model"] == model), key=lambda row: row["gpus"])
         points = " ".join(f"{x(row['gpus']):.1f},{y(row['efficiency']):.1f}" for row in own)

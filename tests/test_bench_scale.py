@@ -92,6 +92,9 @@ def test_one_gpu_computes_alone() -> None:
     # half the rate; the student's first pass comes twice
     assert twice["target"] == pytest.approx(2 * once["target"]) and twice["forward"] > 3.9 * once["forward"]
     assert twice["backward"] == pytest.approx(2 * once["backward"])
+    changes = {"runtime.checkpoint_activations": "on"}
+    recomputed = scale.rows(["tiny"], [1], 64, scale.Machine(), changes)[0]["phases_ms"]
+    assert recomputed["backward"] / once["backward"] == pytest.approx(1.5, rel=0.01)  # but for the projector
 
 
 @pytest.mark.parametrize(
