@@ -352,14 +352,28 @@ class Pillow(Files):
             return self.recipe(image.convert("RGB"))
 
     def recipe(self, image: Any) -> Tensor:
-        from PIL import Image
-
-        top, left, h, w = random_window(image.height, image.width)
-        crop = image.crop((left, top, left + w, top + h))
-        pixels = np.array(crop.resize((self.size, self.size), Image.Resampling.BILINEAR))
+        pixels = _pillow_crop(image, self.size)
         scaled = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
         mean, std = (torch.from_numpy(v)[:, None, None] for v in (MEAN, STD))
         return scaled.sub_(mean).div_(std)
+
+
+class PillowBytes(Files):
+    """The reference recipe, normalised by whoever trains."""
+
+    def view(self, encoded: bytes) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(encoded)) as image:
+            return _pillow_crop(image.convert("RGB"), self.size)
+
+
+def _pillow_crop(image: Any, size: int) -> np.ndarray:
+    from PIL import Image
+
+    top, left, h, w = random_window(image.height, image.width)
+    crop = image.crop((left, top, left + w, top + h))
+    return np.array(crop.resize((size, size), Image.Resampling.BILINEAR))
 
 
 class _PillowTuples(Files):

@@ -26,7 +26,6 @@ from bench.step_report import text_element
 from cjepa_fast import config, cost, train
 from cjepa_fast.config import Config, World
 from cjepa_fast.errors import UserError
-from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.ops._variance_covariance import cheaper_form
 from cjepa_fast.step import Networks
 
@@ -366,7 +365,7 @@ def row(model: str, gpus: int, images: int, machine: Machine, changes: dict[str,
     world = World(size=gpus, local_size=local)
     config.validate(c)
     config.validate_world(c, gpus)
-    tokens = _tokens(c)
+    tokens = train.build_sampler(c).expected_tokens()
     saving = cost.save_memory(c, world, machine.memory_gb, *tokens)
     step = Step(
         c, world, reshard=saving.reshard, checkpoint=saving.checkpoint, tokens=tokens, machine=machine, kernels="triton"
@@ -385,14 +384,6 @@ def row(model: str, gpus: int, images: int, machine: Machine, changes: dict[str,
         "phases_ms": phases, "exposed_ms": sum(ms for name, ms in phases.items() if " over " in name),
         "step_ms": total, "images_s": images * gpus / total * 1e3, "bottleneck": bottleneck(phases),
     }  # fmt: skip
-
-
-def _tokens(c: Config) -> tuple[float, float]:
-    return MultiBlockSampler(
-        c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
-        target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-        min_keep=c.mask.min_keep, context_keep=c.mask.context_keep,
-    ).expected_tokens()  # fmt: skip
 
 
 def rows(

@@ -19,11 +19,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cjepa_fast import config, distributed, optim, train
+from cjepa_fast import config, distributed, train
 from cjepa_fast.config import Config, World
-from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.presets import PRESETS
-from cjepa_fast.step import LossWeights, forward_backward
+from cjepa_fast.step import forward_backward
 
 STEPS = 2  # the first builds FSDP2's state, the second is like all others
 _IMAGES = 8  # of a process
@@ -131,12 +130,8 @@ def count(layout: Layout, world: World) -> list[Counts]:
             distributed.checkpoint_activations(block)
     mesh = distributed.mesh("cpu", config.shard_size(c, world))
     train.shard_networks(networks, mesh, unit=c.runtime.fsdp_blocks, reshard=layout.reshard)
-    optimizer = optim.AdamW(optim.parameter_groups(networks), averages=networks.averages(), impl=c.runtime.kernels)
-    weights = LossWeights(views=c.loss.vicreg_views, impl=c.runtime.kernels)
-    sampler = MultiBlockSampler(
-        c.model.image_size // c.model.patch_size, target_scale=c.mask.target_scale, min_keep=c.mask.min_keep,
-        context_keep=c.mask.context_keep,
-    )  # fmt: skip
+    optimizer, weights = train.build_optimizer(c, networks, sharded=world.size > 1), train.loss_weights(c)
+    sampler = train.build_sampler(c)
     images = torch.zeros(_IMAGES, c.model.image_size, c.model.image_size, 3, dtype=torch.uint8)
     ids = range(world.rank * _IMAGES, (world.rank + 1) * _IMAGES)
     found = []

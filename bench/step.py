@@ -9,10 +9,12 @@ run is listed with its reason. See docs/benchmarks.md for the columns.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
 import select
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench import run, step_check, step_report, timing, trainers
+from bench import readers, run, step_check, step_report, timing, trainers
 from cjepa_fast.cost import gflop_per_image
 
 ROOT = Path(__file__).parents[1]
@@ -33,24 +35,28 @@ LOSS_LIMITS = {"fp32": 1e-5, "bf16": 2e-2}  # relative difference of the first l
 _ANSWER_S = 900
 _TURN_S = {"cuda": 0.4, "cpu": 0.4}  # least length of a turn
 
-# of ours, exact each: key under `runtime` and what it adds
+# of ours, exact each: key under `runtime` and what it adds; the first concerns 16 bits alone
 _SWITCHES = {
+    "weight_copies": "weights rounded once a step",
     "predictor_targets_only": "last predictor block: target rows alone",
     "predictor_shared_start": "first predictor block: context once",
     "target_union_only": "last target block: target rows alone",
-    "keep_memory": "freed memory kept (CPU)",
 }
 
 
-def rungs(device: str) -> list[tuple[str, str]]:
+def rungs(device: str, precision: str) -> list[tuple[str, str]]:
     """What the waterfall climbs, from the published trainer to ours: label and trainer, one change at a time.
 
     On a CPU the host is the device, our kernels are the eager ones and nothing is compiled, so those rungs are left
-    out.
+    out, and glibc's habit of giving memory back comes first.
     """
     gpu = device == "cuda"
-    climb = [
-        ("as published", "eager"),
+    climb = (
+        [("as published", "eager")]
+        if gpu
+        else [("as published", "eager:keep_memory=off"), ("freed memory kept", "eager")]
+    )
+    climb += [
         ("fused attention", "eager:attention=sdpa"),
         ("VICReg in one pass", "eager:attention=sdpa,pairs=off"),
     ]
@@ -69,9 +75,9 @@ def rungs(device: str) -> list[tuple[str, str]]:
     def ours(**options: str) -> str:
         return "ours:" + ",".join(f"{key}={value}" for key, value in options.items())
 
-    off = dict.fromkeys(switches := list(_SWITCHES) if not gpu else list(_SWITCHES)[:-1], "off")
+    off = dict.fromkeys((key for key in _SWITCHES if key != "weight_copies" or precision != "fp32"), "off")
     climb.append(("our step, its kernels" if gpu else "our step", ours(**off)))
-    for switch in switches:
+    for switch in list(off):
         del off[switch]
         climb.append((_SWITCHES[switch], ours(**off) if off else "ours"))
     return climb
@@ -237,7 +243,7 @@ def time_model(
 
 def climb(team: Team) -> Row:
     """The waterfall: each rung takes turns with the last before it that runs, two processes at a time on a CPU."""
-    plan = rungs(team.device)
+    plan = rungs(team.device, team.precision)
     found = [{"label": label, "rival": name, "status": "not run", "reason": None} for label, name in plan]
     ahead: dict[str, Row] = team.start([name for _, name in plan]) if team.device == "cuda" else {}
     pairs: dict[tuple[int, int], tuple[Sequence[float], Sequence[float]]] = {}
@@ -258,7 +264,45 @@ def climb(team: Team) -> Row:
         if found[index]["status"] == "ok":
             last = index
     step_report.waterfall(found, pairs)
-    return {"model": team.task["model"], "masks": team.task["masks"], "rungs": found}
+    fall = {"model": team.task["model"], "masks": team.task["masks"], "rungs": found, "direct": None}
+    ran = [rung["rival"] for rung in found if rung["status"] == "ok"]
+    if len(ran) > 1:  # the product of many ratios drifts, one ratio does not
+        ends = (ran[0], ran[-1])
+        team.start([name for name in ends if name not in team.members])
+        times, _ = team.take_turns(ends)
+        if len(times) == 2:
+            fall["direct"] = step_report.speedup(times[ends[1]], times[ends[0]])
+    return fall
+
+
+def feed(team: Team, names: Sequence[str], images: readers.Images, threads: int) -> list[Row]:
+    """Steps fed from JPEGs, in turns; each first steps until what its feed had read ahead is used up."""
+    gpu = team.device == "cuda"
+    warm_up, steps = (4 * threads, 40) if gpu else (4, 6)
+    asked = {"images": {**dataclasses.asdict(images), "folder": str(images.folder)}, "threads": threads}
+    answers = team.start(names)
+    found: dict[str, list[Row]] = {name: [] for name in names if answers[name]["status"] == "ok"}
+    for _ in range(3):
+        for name in list(found):
+            answer = answers[name] = team.members[name].ask("feed", **asked, steps=steps, warm_up=warm_up)
+            found[name].append(answer)
+            if answer["status"] != "ok":
+                del found[name]
+    rows = []
+    for name in names:
+        answer = answers[name]
+        row: Row = {"model": team.task["model"], "rival": name, "images": images.name, "threads": threads,
+                    "status": answer["status"], "reason": answer.get("reason"), "note": answer.get("note")}  # fmt: skip
+        if name in found:
+            row |= {f"{key}_ms": statistics.median(turn[name_of] for turn in found[name])
+                    for key, name_of in (("median", "ms"), ("wait", "wait_ms"))}  # fmt: skip
+            row |= {"images_s": images.batch_size / row["median_ms"] * 1e3, "mask_us": answer["mask_us"]}
+            row["speedup"] = {
+                base: step_report.speedup(*([turn["ms"] for turn in found[who]] for who in (name, base)))
+                for base in step_report.BASES if base in found and base != name
+            }  # fmt: skip
+        rows.append(row)
+    return rows
 
 
 def start_up(team: Team, names: Sequence[str]) -> list[Row]:
@@ -292,6 +336,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after this [no limit]")
     parser.add_argument("--waterfall", nargs="*", choices=models, default=[], help="models to climb from eager to ours")
     parser.add_argument("--startup", nargs="*", choices=models, default=[], help="models to time from a fresh process")
+    parser.add_argument("--feed", metavar="ROOT", help="also time the first model fed from JPEGs at this data.root")
+    parser.add_argument("--threads", type=int, default=min(12, len(os.sched_getaffinity(0))),
+                        help="that decode for --feed, or processes of a DataLoader [cores, at most 12]")  # fmt: skip
     parser.add_argument("--ijepa-checkout", metavar="PATH", help="also time the original repository checked out there")
     parser.add_argument("--precision", choices=tuple(LOSS_LIMITS), help="[bf16 on a GPU, fp32 on a CPU]")
     parser.add_argument("--json", type=Path, help="write the record, again after each result")
@@ -355,6 +402,8 @@ def main(argv: list[str] | None = None) -> int:
 
     jobs = [("steps", model, masks) for model in arguments.models for masks in arguments.masks]
     jobs += [("waterfall", model, arguments.masks[0]) for model in arguments.waterfall]
+    root: str | None = arguments.feed
+    jobs += [("feed", model, "fixed") for model in arguments.models[:1] if root is not None]
     jobs += [("startup", model, arguments.masks[0]) for model in arguments.startup]
     print("\n".join(step_report.step_table([])))
     for job, model, masks in jobs:
@@ -367,6 +416,16 @@ def main(argv: list[str] | None = None) -> int:
             elif job == "waterfall":
                 record["waterfall"].append(climb(team))
                 print("\n".join(step_report.waterfall_table(record["waterfall"][-1])), flush=True)
+            elif root is not None and job == "feed":
+                wanted = [name for name in names if role(name) != "yardstick"]
+                with tempfile.TemporaryDirectory(prefix="bench-step-") as work:
+                    size = trainers.configure(model, masks, precision).model.image_size
+                    images = readers.lay_out(
+                        readers.read_jpegs(root, 1000), Path(work), name=Path(root).name, size=size,
+                        batch_size=batch, shards=1,
+                    )  # fmt: skip
+                    record["feed"] += feed(team, wanted, images, arguments.threads)
+                print("\n".join(step_report.feed_table(record["feed"])), flush=True)
             else:
                 wanted = [name for name in names if role(name) != "yardstick"]
                 record["startup"] += start_up(team, wanted)

@@ -41,7 +41,9 @@ def differences(
     for mode in mask_modes:
         c = config.replace(trainers.configure("tiny", mode, "fp32"), {"loss.vicreg_weight": 1.0})
         if checkout is not None:
-            c = config.replace(c, {"model.encoder": "vit_tiny"})  # one that the checkout has
+            c = config.replace(
+                c, {"model.encoder": "vit_tiny", "model.predictor_width": 96}
+            )  # one that the checkout has
         (images, masks), *_ = trainers.sample(c, 6, 1)
         ours = trainers.build(trainers.Spec.parse("ours"), c, device)
         truth = float(ours.gradients(ours.batch(images, masks)))
@@ -52,7 +54,8 @@ def differences(
             try:
                 rival = trainers.build(trainers.Spec.parse(variant), c, device)
             except trainers.CannotRun as error:
-                found.append(f"{variant} {mode}: {error}")
+                if mode == "fixed":  # elsewhere who knows no packed contexts is no fault
+                    found.append(f"{variant} {mode}: {error}")
                 continue
             found += [
                 f"{variant} {mode}: {line}" for line in compare(rival, rival.batch(images, masks), truth, grads, after)

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import torch
 
-from bench import trainers
+from bench import loaders, readers, trainers
 from bench.references import Batch, Trainer
 
 
@@ -31,11 +31,11 @@ class Worker:
             "context_tokens": trainers.mean_context(samples[0][1]),
             "target_tokens": samples[0][1].target.shape[2],
         }
-        self.trainer: Trainer = trainers.build(
-            trainers.Spec.parse(task["rival"]), self.config, self.device, as_train=task["as_train"]
-        )
+        self.spec = trainers.prepare_process(trainers.Spec.parse(task["rival"]), self.device)
+        self.trainer: Trainer = trainers.build(self.spec, self.config, self.device, as_train=task["as_train"])
         self.batches: list[Batch] = [self.trainer.batch(*drawn) for drawn in samples]
         self.steps = 0
+        self.fed: loaders.Feed | None = None
 
     def first(self) -> dict[str, Any]:
         """The first step, whose loss every trainer must agree on, and what came before it."""
@@ -74,6 +74,25 @@ class Worker:
             last = time.perf_counter()
             self.trainer.step(self._next(), mark)
         return {"phases": {phase: milliseconds / steps for phase, milliseconds in spent.items()}}
+
+    def feed(self, images: dict[str, Any], threads: int, steps: int, warm_up: int) -> dict[str, Any]:
+        """Milliseconds a step fed from JPEGs, and of them those in which it waited for its batch."""
+        if self.fed is None:
+            where = readers.Images(**{**images, "folder": Path(images["folder"])})
+            make = loaders.FEEDS[self.spec.name]
+            self.fed = make(self.trainer, self.config, where, threads, self.device)
+        waited = began = 0.0
+        for step in range(warm_up + steps):
+            self._synchronize()
+            begin = time.perf_counter()
+            if step == warm_up:
+                waited, began = 0.0, begin
+            batch = next(self.fed.batches)
+            waited += time.perf_counter() - begin
+            self.trainer.step(batch)
+        self._synchronize()
+        answer = {"ms": (time.perf_counter() - began) * 1e3 / steps, "wait_ms": waited * 1e3 / steps}
+        return {**answer, "mask_us": self.fed.mask_us, "note": self.fed.note}
 
     def memory(self) -> dict[str, Any]:
         """MiB at most: of torch's allocator on a GPU, of the whole process on a CPU."""

@@ -7,6 +7,8 @@ A trainer is named `NAME` or `NAME:OPTION=VALUE,...`, for example `tuned:compile
     tuned           bench/references/tuned.py; compile=auto|off|a mode of torch.compile
     ijepa           a checkout of the original repository; checkout=PATH
     lightly, transformers       their encoders alone, where they are installed
+
+Every one takes keep_memory=on|off, for its process on a CPU (see `cjepa_fast.train.keep_freed_memory`); on by default.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from bench.references import Batch, Mark, Schedule, Trainer, eager, external, loss_weights, no_mark, tuned
-from cjepa_fast import config, optim, train
+from bench.references import Batch, Mark, Schedule, Trainer, eager, external, no_mark, tuned
+from cjepa_fast import config, train
 from cjepa_fast.config import Config
-from cjepa_fast.masks import Masks, MultiBlockSampler
+from cjepa_fast.masks import Masks
 from cjepa_fast.presets import PRESETS
-from cjepa_fast.step import LossWeights, Networks, forward_backward
+from cjepa_fast.step import Networks, forward_backward
 
 RIVALS = ("eager", "tuned", "ijepa")
 YARDSTICKS = ("lightly", "transformers")  # do less than a step
@@ -76,11 +78,7 @@ def configure(model: str, mask_mode: str, precision: str) -> Config:
 
 def sample(c: Config, batch_size: int, count: int) -> list[tuple[Tensor, Masks]]:
     """`count` batches of random bytes [B, H, W, 3] with masks, all of the commonest block size, on the CPU."""
-    sampler = MultiBlockSampler(
-        c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
-        target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-        min_keep=c.mask.min_keep,
-    )  # fmt: skip
+    sampler = train.build_sampler(c)
     sizes = [sampler.block_sizes(step) for step in range(256)]
     step = sizes.index(collections.Counter(sizes).most_common(1)[0][0])
     generator = torch.Generator().manual_seed(0)
@@ -105,18 +103,9 @@ class Ours:
     """This package's step, built as `cjepa_fast.train` builds it."""
 
     def __init__(self, networks: Networks, c: Config, device: torch.device) -> None:
-        self.networks, self.device = networks, device
-        if device.type == "cpu" and c.runtime.keep_memory:
-            train.keep_freed_memory()
-        self.unions = c.runtime.target_union_only
+        self.networks, self.device, self.unions = networks, device, train.needs_unions(c)
         self.note = train.compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
-        self.optimizer = optim.AdamW(
-            optim.parameter_groups(networks), lr=SCHEDULE.lr, betas=c.optim.betas, eps=c.optim.eps,
-            averages=networks.averages(), impl=c.runtime.kernels,
-        )  # fmt: skip
-        self.weights = LossWeights(
-            c.loss.prediction, *loss_weights(c), views=c.loss.vicreg_views, impl=c.runtime.kernels
-        )
+        self.optimizer, self.weights = train.build_optimizer(c, networks, sharded=False), train.loss_weights(c)
 
     def batch(self, images: Tensor, masks: Masks) -> Batch:
         if not self.unions:
@@ -124,8 +113,9 @@ class Ours:
         return images.to(self.device), [masks.to(self.device)]
 
     def gradients(self, batch: Batch, mark: Mark = no_mark) -> Tensor | float:
+        images, masks = batch
         with _hooks(self.networks, mark) if mark is not no_mark else contextlib.nullcontext():
-            return forward_backward(self.networks, *batch, self.weights).terms.loss
+            return forward_backward(self.networks, images, masks, self.weights).terms.loss
 
     def update(self) -> None:
         for group in self.optimizer.param_groups:
@@ -251,3 +241,11 @@ def _runtime_value(key: str, text: str) -> Any:
             raise CannotRun(f"ours: {key}={text} is not known; use on or off")
         return text == "on"
     return int(text) if text.isdecimal() else text
+
+
+def prepare_process(spec: Spec, device: torch.device) -> Spec:
+    """Applies the options of `spec` that concern a whole process, and returns it without them."""
+    options = dict(spec.options)
+    if options.pop("keep_memory", "on") == "on" and device.type == "cpu":
+        train.keep_freed_memory()
+    return spec._replace(options=options)

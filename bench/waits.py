@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from bench.readers import Images
-from cjepa_fast import config, ops, optim, train
+from cjepa_fast import config, ops, train
 from cjepa_fast.data import Batches
 from cjepa_fast.index import open_sources
-from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.presets import PRESETS
-from cjepa_fast.step import LossWeights, forward_backward
+from cjepa_fast.step import forward_backward
 
 WARM_UP = 5
 MOST_IMAGES = 256  # of a preset's global batch on this one device
@@ -95,22 +94,9 @@ def training_step(c: config.Config, device: torch.device) -> tuple[Callable[[Any
     torch.manual_seed(c.seed)
     networks = train.build_networks(c).to(device)
     compiled = train.compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
-    optimizer = optim.AdamW(
-        optim.parameter_groups(networks), lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps,
-        averages=networks.averages(), impl=c.runtime.kernels,
-    )  # fmt: skip
-    beta = c.loss.vicreg_weight
-    weights = LossWeights(
-        c.loss.prediction, beta * c.loss.sim_weight, beta * c.loss.std_weight, beta * c.loss.cov_weight,
-        c.loss.vicreg_views, c.runtime.kernels,
-    )  # fmt: skip
-    sampler = MultiBlockSampler(
-        c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
-        target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-        min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
-    )  # fmt: skip
+    optimizer, weights = train.build_optimizer(c, networks, sharded=False), train.loss_weights(c)
+    sampler, unions = train.build_sampler(c), train.needs_unions(c)
     counter = itertools.count()
-    unions = c.runtime.target_union_only and (not c.loss.vicreg_weight or c.loss.vicreg_views == "target_blocks")
 
     def step(batch: Any) -> None:
         masks = sampler.sample_parts(next(counter), batch.ids, c.runtime.accumulate, union=unions)

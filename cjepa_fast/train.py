@@ -96,11 +96,7 @@ def train(command: cli.Command, world: config.World) -> int:
         weight_decay_schedule=c.optim.weight_decay_schedule, ema=c.optim.ema, final_ema=c.optim.final_ema,
         schedule_scale=c.optim.schedule_scale,
     )  # fmt: skip
-    sampler = MultiBlockSampler(
-        c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
-        target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-        min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
-    )  # fmt: skip
+    sampler = build_sampler(c)
     probe = None
     if source.labels is not None:
         probe = Probe(
@@ -134,19 +130,7 @@ def train(command: cli.Command, world: config.World) -> int:
     compiled = compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
     mesh = distributed.mesh(device.type, config.shard_size(c, world))
     shard_networks(networks, mesh, unit=c.runtime.fsdp_blocks, reshard=saving.reshard)
-    groups, averages, copies = optim.parameter_groups(networks), networks.averages(), {}
-    if c.runtime.weight_copies and world.size == 1 and networks.encoder.dtype != torch.float32:
-        fused = optim.fuses(c.runtime.kernels, device)
-        copies = vit.hold_copies(networks, networks.encoder.dtype, rounded_grads=fused and c.runtime.accumulate == 1)
-    optimizer = optim.AdamW(
-        groups, lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps, averages=averages, copies=copies,
-        impl=c.runtime.kernels,
-    )  # fmt: skip
-    beta = c.loss.vicreg_weight
-    weights = LossWeights(
-        c.loss.prediction, beta * c.loss.sim_weight, beta * c.loss.std_weight, beta * c.loss.cov_weight,
-        c.loss.vicreg_views, c.runtime.kernels,
-    )  # fmt: skip
+    optimizer, weights = build_optimizer(c, networks, sharded=world.size > 1), loss_weights(c)
 
     # The run directory, and the state to continue from.
     directory = run_directory(c, resume, device)
@@ -209,8 +193,7 @@ def train(command: cli.Command, world: config.World) -> int:
     gc.freeze()
     gc.disable()  # a collection would stall the host in some step: it is left to the log points
     accuracy, status, done, skipped = None, "completed", first_step, bad.ids
-    # of the views that hold the mean of all target rows, none can be left out
-    unions = c.runtime.target_union_only and (not c.loss.vicreg_weight or c.loss.vicreg_views == "target_blocks")
+    unions = needs_unions(c)
     for step, batch in enumerate(batches, start=first_step):
         # the last steps of an interval show the health figures every row of the target encoder
         whole = any(ends_interval(step + ahead) for ahead in range(1, meter.window + 1))
@@ -337,6 +320,46 @@ def build_networks(c: config.Config) -> Networks:
     if c.loss.vicreg_weight:
         projector = Projector(encoder.width, c.loss.projector_width or encoder.width, c.loss.projector_layers)
     return Networks(encoder, predictor, target_encoder, projector)
+
+
+def build_sampler(c: config.Config) -> MultiBlockSampler:
+    """The mask sampler of a configuration. Raises UserError if the masks it asks for do not fit its grid."""
+    return MultiBlockSampler(
+        c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
+        target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
+        min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
+    )  # fmt: skip
+
+
+def needs_unions(c: config.Config) -> bool:
+    """Whether the target encoder is to compute target rows alone, so that the masks must list them."""
+    # views that hold the mean of all target rows can spare none
+    return c.runtime.target_union_only and (not c.loss.vicreg_weight or c.loss.vicreg_views == "target_blocks")
+
+
+def build_optimizer(c: config.Config, networks: Networks, *, sharded: bool) -> optim.AdamW:
+    """AdamW with the target encoder's EMA, for networks that lie where they are trained.
+
+    On one process it keeps the 16-bit copies of `runtime.weight_copies`; FSDP2 makes its own of what is `sharded`.
+    """
+    groups, copies, dtype = optim.parameter_groups(networks), {}, networks.encoder.dtype
+    if c.runtime.weight_copies and not sharded and dtype != torch.float32:
+        device = groups[0]["params"][0].device
+        fused = optim.fuses(c.runtime.kernels, device)
+        copies = vit.hold_copies(networks, dtype, rounded_grads=fused and c.runtime.accumulate == 1)
+    return optim.AdamW(
+        groups, lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps, averages=networks.averages(), copies=copies,
+        impl=c.runtime.kernels,
+    )  # fmt: skip
+
+
+def loss_weights(c: config.Config) -> LossWeights:
+    """Weights of the loss with `loss.vicreg_weight` multiplied out."""
+    loss = c.loss
+    return LossWeights(
+        loss.prediction, *(loss.vicreg_weight * part for part in (loss.sim_weight, loss.std_weight, loss.cov_weight)),
+        views=loss.vicreg_views, impl=c.runtime.kernels,
+    )  # fmt: skip
 
 
 def compile_blocks(networks: Networks, wanted: str, device: torch.device, *, static: bool) -> str:

@@ -86,7 +86,7 @@ def test_one_gpu_computes_alone() -> None:
     row = scale.rows(["tiny"], [1], 64, scale.Machine(), {})[0]
     assert row["collectives"] == 0 and row["efficiency"] == 1 and row["bottleneck"] == "compute"
     c = scale.config.replace(scale.trainers.configure("tiny", "fixed", "bf16"), {"optim.batch_size": 64})
-    context, target = scale._tokens(c)
+    context, target = scale.train.build_sampler(c).expected_tokens()
     count = scale.cost.parameters(c)
     compute = scale.cost.gflop_per_image(c, context_tokens=context, target_tokens=target).total * 64 / (989 * 0.4)
     optimizer = (28 * count.trained + 8 * count.encoder) / 4.8e9

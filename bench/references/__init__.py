@@ -84,16 +84,24 @@ def loss_weights(config: Config) -> tuple[float, float, float]:
     return tuple(loss.vicreg_weight * weight for weight in (loss.sim_weight, loss.std_weight, loss.cov_weight))  # pyright: ignore[reportReturnType]
 
 
-def build_projector(config: Config, width: int) -> nn.Module | None:
-    """Linear layers without bias, batch norm by batch statistics and ReLU between them; None where it has no use."""
+class Projector(nn.Module):
+    """Linear layers without bias, batch norm by batch statistics and ReLU between them: [rows, width] -> [rows, D]."""
+
+    def __init__(self, width: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        for index in range(layers):
+            modules.append(nn.Linear(width if index == 0 else hidden, hidden, bias=False))
+            if index < layers - 1:
+                modules += [nn.BatchNorm1d(hidden, track_running_stats=False), nn.ReLU()]
+        self.layers = nn.Sequential(*modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def build_projector(config: Config, width: int) -> Projector | None:
+    """None where it has no use."""
     if not config.loss.vicreg_weight:
         return None
-    hidden, layers = config.loss.projector_width or width, config.loss.projector_layers
-    modules: list[nn.Module] = []
-    for index in range(layers):
-        modules.append(nn.Linear(width if index == 0 else hidden, hidden, bias=False))
-        if index < layers - 1:
-            modules += [nn.BatchNorm1d(hidden, track_running_stats=False), nn.ReLU()]
-    projector = nn.Module()
-    projector.layers = nn.Sequential(*modules)
-    return projector
+    return Projector(width, config.loss.projector_width or width, config.loss.projector_layers)

@@ -85,6 +85,8 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """images [B, 3, H, W], normalised; every patch is embedded, then those in `indices` [B, K] are kept."""
 
+    pos_embed: Tensor
+
     def __init__(self, shape: VitShape, image_size: int, patch_size: int, sdpa: bool) -> None:
         super().__init__()
         side = image_size // patch_size
@@ -104,6 +106,8 @@ class Encoder(nn.Module):
 
 class Predictor(nn.Module):
     """Context [B, Kc, D] and M target index tensors [B, Kt] -> [M * B, Kt, D], block after block."""
+
+    predictor_pos_embed: Tensor
 
     def __init__(self, shape: VitShape, encoder_width: int, side: int, sdpa: bool) -> None:
         super().__init__()
@@ -216,7 +220,7 @@ class Trainer:
             loss = F.smooth_l1_loss(predicted, actual)
             if networks.projector is not None:
                 means = predicted.unflatten(0, (len(targets), -1)).float().mean(dim=2).transpose(0, 1)
-                z = networks.projector.layers(means.flatten(0, 1)).float().unflatten(0, means.shape[:2])
+                z = networks.projector(means.flatten(0, 1)).float().unflatten(0, means.shape[:2])
                 loss = loss + (algorithm_1(z, self.weights) if self.pairs else one_pass(z, self.weights))
         mark("loss")
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -234,10 +238,12 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         if self.syncs:
-            norms = [float(torch.norm(p.grad)) for p in networks.encoder.parameters() if p.ndim > 1]
+            trained = (p for p in networks.encoder.parameters() if p.ndim > 1)
+            norms = [float(torch.norm(p.grad)) for p in trained if p.grad is not None]
             assert all(math.isfinite(norm) for norm in norms)
         self.optimizer.zero_grad()
-        followed, averages = list(networks.encoder.parameters()), list(networks.target_encoder.parameters())
+        followed: list[Tensor] = [*networks.encoder.parameters()]
+        averages: list[Tensor] = [*networks.target_encoder.parameters()]
         with torch.no_grad():
             if self.fused:
                 torch._foreach_lerp_(averages, followed, 1 - schedule.ema)

@@ -85,6 +85,7 @@ class Encoder(nn.Module):
         if indices is not None:
             patches, positions = take_rows(patches, indices), positions[0][indices]
         pixels = ((patches.float() / 255 - self.mean) / self.std).flatten(2).to(self.dtype)
+        assert proj.bias is not None
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1).to(self.dtype)
         x = (F.linear(pixels, weight) + (proj.bias + positions)).to(self.dtype)
         for block in self.blocks:
@@ -162,7 +163,7 @@ class Trainer:
         loss = F.smooth_l1_loss(predicted.float(), F.layer_norm(chosen, chosen.shape[-1:]))
         if self.networks.projector is not None:
             means = predicted.float().mean(dim=2)
-            z = self.networks.projector.layers(means.flatten(0, 1)).unflatten(0, means.shape[:2])
+            z = self.networks.projector(means.flatten(0, 1)).unflatten(0, means.shape[:2])
             loss = loss + one_pass(z, self.weights)
         return loss
 
