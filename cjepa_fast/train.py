@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from cjepa_fast import checkpoint, cli, config, cost, data, distributed, index, ops, optim, vit
 from cjepa_fast.cache import cached_folder
@@ -128,16 +129,7 @@ def train(command: cli.Command, world: config.World) -> int:
             distributed.checkpoint_activations(block)
     compiled = compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
     mesh = distributed.mesh(device.type, config.shard_size(c, world))
-    for network, blocks, reshard in (
-        (networks.encoder, networks.encoder.blocks, saving.reshard),
-        (networks.predictor, networks.predictor.predictor_blocks, saving.reshard),
-        (networks.target_encoder, networks.target_encoder.blocks, True),
-    ):
-        distributed.shard(
-            network, list(blocks), mesh, unit=c.runtime.fsdp_blocks, reshard=reshard, dtype=networks.encoder.dtype
-        )
-    if networks.projector is not None:
-        distributed.shard(networks.projector, [], mesh, unit=1, reshard=False, dtype=torch.float32)
+    shard_networks(networks, mesh, unit=c.runtime.fsdp_blocks, reshard=saving.reshard)
     optimizer, weights = build_optimizer(c, networks, sharded=world.size > 1), loss_weights(c)
 
     # The run directory, and the state to continue from.
@@ -386,6 +378,22 @@ def compile_blocks(networks: Networks, wanted: str, device: torch.device, *, sta
     return "compiled"
 
 
+def shard_networks(networks: Networks, mesh: DeviceMesh | None, *, unit: int, reshard: bool) -> None:
+    """Shards every network as `distributed.shard` does, which describes `unit` and `reshard`.
+
+    The target encoder always frees what it gathered. The projector, small and used once, never does, and is gathered in
+    fp32.
+    """
+    for network, blocks, freed in (
+        (networks.encoder, networks.encoder.blocks, reshard),
+        (networks.predictor, networks.predictor.predictor_blocks, reshard),
+        (networks.target_encoder, networks.target_encoder.blocks, True),
+    ):
+        distributed.shard(network, list(blocks), mesh, unit=unit, reshard=freed, dtype=networks.encoder.dtype)
+    if networks.projector is not None:
+        distributed.shard(networks.projector, [], mesh, unit=1, reshard=False, dtype=torch.float32)
+
+
 def keep_freed_memory() -> bool:
     """Has glibc keep what is freed; returns whether there is a glibc.
 
@@ -411,17 +419,23 @@ def run_directory(c: config.Config, resume: Path | None, device: torch.device) -
 
 
 class InterruptFlag:
-    """Set by SIGTERM or SIGINT, acted on at the next log line so that all ranks agree; a second one ends at once."""
+    """Set by SIGTERM, SIGINT or SIGUSR1 (what Slurm can send ahead of a time limit), acted on at the next log line so
+    that all ranks agree. A second one ends at once, unless it follows within `REPEAT_S`: where a scheduler signals
+    every process and torchrun passes its own signal on, each comes twice.
+    """
+
+    REPEAT_S = 5.0
 
     def __init__(self) -> None:
-        self.is_set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.is_set, self._since = False, 0.0
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_set:
+        if not self.is_set:
+            self.is_set, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > self.REPEAT_S:
             os._exit(128 + number)
-        self.is_set = True
 
 
 if __name__ == "__main__":

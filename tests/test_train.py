@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -21,7 +22,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cjepa_fast import checkpoint
-from cjepa_fast.train import main
+from cjepa_fast.train import InterruptFlag, main
 from cjepa_fast.views import epoch_order
 
 STEPS = 12
@@ -156,6 +157,38 @@ def test_processes_do_not_matter(images: Path, tmp_path: Path, processes: int) -
     assert again == without_clocks(together), "a resume on the same world size is exact"
 
 
+def test_two_nodes_meet_and_one_goes_on(images: Path, straight: Path, tmp_path: Path) -> None:
+    """The rendezvous of docs/cluster.md, both nodes on this machine; then a resume on one node."""
+    out = tmp_path / "run"
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "17",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "--local-addr", "localhost",
+        "-m", "cjepa_fast.train", *SMALL, "--data.root", str(images), "--run.dir", str(out),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    nodes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    try:
+        printed = [node.communicate(timeout=100)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert "state not sharded, 2 copies (auto)" in "".join(printed)  # one process a node
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    together = metrics(out)
+    assert main(["--resume", str(out)]) == 0
+    assert metrics(out)[:7] == together[:7]
+    for a, b, c in zip(metrics(straight), together, metrics(out), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), f"step {a['step']}"
+        assert c["loss"] == pytest.approx(a["loss"], rel=1e-5), f"step {a['step']}"
+
+
 @pytest.mark.parametrize(
     ("setting", "tolerance"),
     [
@@ -197,7 +230,17 @@ def test_speed_settings_change_nothing(
     # a predictor of 4 heads of 24, which the attention kernel takes
     steps = ["--optim.steps", "2", "--model.predictor-width", "96"] if slow else []
     if "--runtime.compile" in setting:  # one block size: every further one costs the C++ compiler seconds
-        steps += "--mask.target-scale 0.2 0.2 --mask.target-aspect 1 1 --mask.context-scale 1 1".split()
+        steps += [
+            "--mask.target-scale",
+            "0.2",
+            "0.2",
+            "--mask.target-aspect",
+            "1",
+            "1",
+            "--mask.context-scale",
+            "1",
+            "1",
+        ]
     threads = torch.get_num_threads()
     try:
         ours = run(images, tmp_path / "run", *setting, *steps)
@@ -208,21 +251,58 @@ def test_speed_settings_change_nothing(
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance, abs=0), f"step {a['step']}"
 
 
-def test_a_request_to_stop_ends_in_a_checkpoint(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "launcher"),
+    [
+        (signal.SIGTERM, []),
+        (signal.SIGUSR1, []),
+        # as docs/cluster.md says; the launcher ends with 1 after any signal
+        (signal.SIGUSR1, [
+            "torch.distributed.run", "--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
+            "--shutdown-timeout", "60", "-m",
+        ]),
+    ],
+    ids=["SIGTERM", "SIGUSR1", "SIGUSR1 torchrun"],
+)  # fmt: skip
+def test_a_request_to_stop_ends_in_a_checkpoint(
+    images: Path, tmp_path: Path, number: signal.Signals, launcher: list[str]
+) -> None:
     out = tmp_path / "run"
     arguments = [*SMALL, "--data.root", str(images), "--run.dir", str(out), "--optim.steps", "5000"]
     with subprocess.Popen(
-        [sys.executable, "-m", "cjepa_fast.train", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", *launcher, "cjepa_fast.train", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:  # fmt: skip
         while not (out / "metrics.jsonl").exists() or not metrics(out):
             assert process.poll() is None
             time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
+        if not launcher:  # as a scheduler and torchrun may both send it
+            time.sleep(0.02)
+            process.send_signal(number)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "continue with --resume" in output
+    assert process.returncode == (1 if launcher else 0) and "continue with --resume" in output
     state = json.loads((out / "run_state.json").read_text())
     assert state["status"] == "preempted" and 0 < state["step"] < 5000
     assert (out / "checkpoints" / f"step-{state['step']:08d}" / checkpoint.MANIFEST).exists()
+
+
+def test_a_second_request_to_stop_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    ended: list[int] = []
+    clock = iter([100.0, 104.0, 106.0])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    try:
+        flag = InterruptFlag()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert flag.is_set and not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [143]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def test_bare_images_train_without_a_probe(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

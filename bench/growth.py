@@ -1,0 +1,210 @@
+"""How time and memory of a training step grow with batch, tokens, depth and width:  python -m bench.growth --json FILE
+
+On the CPU, with small models. The exponent of a quantity is the slope of its logarithm over that of the size, by least
+squares. Time is the median over rounds in which all sizes take turns. Memory is the bytes that one step saves for its
+backward pass, counted and not timed, so that it repeats exactly. Beside each stands the exponent of the model
+(`cjepa_fast.cost`) over the same sizes: a step may grow more slowly than its FLOP, because small products reach less of
+the processor's rate, but not faster by more than `MARGIN`, which would be work or memory that nobody meant. Exit code
+1 if it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench import run, trainers
+from cjepa_fast import config, cost, vit
+from cjepa_fast.config import Config, World
+from cjepa_fast.presets import PRESETS
+
+Row = dict[str, Any]
+
+MARGIN = 0.15  # of an exponent; a hidden product over all pairs would add 1
+_TURN_S = 0.3  # least length of a turn
+_WIDTH, _DEPTH, _SIDE, _BATCH = 192, 4, 128, 8  # what stays while one of them grows; the side in pixels, patches of 16
+
+AXES: dict[str, tuple[int, ...]] = {
+    "batch": (4, 8, 16, 32), "tokens": (96, 128, 192, 256), "depth": (2, 4, 8, 16), "width": (96, 192, 384, 768),
+}  # fmt: skip
+_QUICK = {"batch": (4, 8), "tokens": (96, 128), "depth": (2, 4), "width": (96, 192)}
+
+
+class Size(NamedTuple):
+    """Images of a step, side of an image in pixels, depth and width of the encoder; the predictor has half of both."""
+
+    batch: int = _BATCH
+    tokens: int = _SIDE
+    depth: int = _DEPTH
+    width: int = _WIDTH
+
+
+class Grown(NamedTuple):
+    """A step of one size that can run, and what the model says of it."""
+
+    size: int  # along its axis; patches for tokens
+    trainer: Any
+    batch: Any
+    gflop: float
+    model_bytes: float
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent p of values ~ sizes^p, by least squares of the logarithms."""
+    x, y = ([math.log(value) for value in column] for column in (sizes, values))
+    centre = statistics.fmean(x)
+    return sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x)
+
+
+def configure(size: Size) -> Config:
+    """C-JEPA's recipe around an encoder of this size, fp32."""
+    return config.replace(
+        PRESETS["cjepa_vit_small16_in1k"],
+        {
+            "model.encoder": "grown", "model.image_size": size.tokens, "model.precision": "fp32",
+            "model.predictor_depth": size.depth // 2, "model.predictor_width": size.width // 2, "mask.min_keep": 4,
+            "optim.batch_size": size.batch,
+        },
+    )  # fmt: skip
+
+
+def build(axis: str, value: int) -> Grown:
+    """Our step as `bench.step` builds it, with one batch of random images."""
+    size = Size()._replace(**{axis: value})
+    shape = vit.VitShape(size.width, size.depth, 3)
+    with mock.patch.dict(vit.ENCODERS, {"grown": shape}):
+        c = configure(size)
+        config.validate(c)
+        trainer = trainers.build(trainers.Spec("ours", {}), c, torch.device("cpu"))
+        images, masks = trainers.sample(c, size.batch, 1)[0]
+        tokens = trainers.mean_context(masks), masks.target.shape[2]
+        gflop = cost.gflop_per_image(c, context_tokens=tokens[0], target_tokens=tokens[1]).total * size.batch
+        memory = cost.memory_bytes(c, World(), *tokens)
+    patches = (size.tokens // c.model.patch_size) ** 2
+    kept = memory.context + memory.predictor
+    return Grown(
+        patches if axis == "tokens" else value, trainer, trainer.batch(images, masks), gflop, kept
+    )  # fmt: skip
+
+
+def saved_bytes(grown: Grown) -> int:
+    """Bytes of all tensors but weights that autograd keeps for the backward pass of one step, each memory once."""
+    weights = {p.untyped_storage().data_ptr() for p in grown.trainer.networks.state_dict(keep_vars=True).values()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if (start := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[start] = tensor  # held, so that no other tensor gets its memory
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        grown.trainer.step(grown.batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def take_turns(grown: Sequence[Grown], rounds: int) -> list[float]:
+    """Median milliseconds a step of each."""
+    times: list[list[float]] = [[] for _ in grown]
+    steps = []
+    for one in grown:
+        one.trainer.step(one.batch)
+        steps.append(max(1, round(_TURN_S / _seconds(one, 1))))
+    for turn in range(rounds):
+        for index in range(len(grown)):
+            which = (index + turn) % len(grown)  # what ran before leaves its heat and its cache
+            times[which].append(1e3 * _seconds(grown[which], steps[which]))
+    return [statistics.median(milliseconds) for milliseconds in times]
+
+
+def _seconds(grown: Grown, steps: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(steps):
+        grown.trainer.step(grown.batch)
+    return (time.perf_counter() - begun) / steps
+
+
+def measure(axis: str, values: Sequence[int], rounds: int) -> Row:
+    """The row of one axis: sizes, what was measured, both exponents of each, and the verdict."""
+    grown = [build(axis, value) for value in values]
+    sizes = [one.size for one in grown]
+    kept = [saved_bytes(one) for one in grown]
+    times = take_turns(grown, rounds)
+    return {
+        "axis": axis, "sizes": sizes, "rounds": rounds, "median_ms": times, "saved_bytes": kept,
+        "gflop": [one.gflop for one in grown], "model_bytes": [one.model_bytes for one in grown],
+        **exponents(sizes, times, kept, [one.gflop for one in grown], [one.model_bytes for one in grown]),
+    }  # fmt: skip
+
+
+def exponents(
+    sizes: Sequence[float], times: Sequence[float], kept: Sequence[float], gflop: Sequence[float],
+    model_bytes: Sequence[float],
+) -> Row:  # fmt: skip
+    """Measured and expected exponents, and whether neither measured one exceeds its model's by more than `MARGIN`."""
+    found = {
+        "time": slope(sizes, times), "time_expected": slope(sizes, gflop),
+        "memory": slope(sizes, kept), "memory_expected": slope(sizes, model_bytes),
+    }  # fmt: skip
+    surprises = [name for name in ("time", "memory") if not found[name] <= found[f"{name}_expected"] + MARGIN]
+    return {**found, "verdict": f"surprise: {' and '.join(surprises)}" if surprises else "no surprise"}
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| grows | sizes | ms a step | exponent of time | of FLOP | MB saved for backward | exponent of memory | "
+        "of the model | verdict |",
+        "| --- | --- | --- | --: | --: | --- | --: | --: | --- |",
+    ]
+    for row in rows:
+        sizes, times, kept = (
+            " ".join(f"{value / unit:,.4g}" for value in row[key])
+            for key, unit in (("sizes", 1), ("median_ms", 1), ("saved_bytes", 1e6))
+        )
+        lines.append(
+            f"| {row['axis']} | {sizes} | {times} | {row['time']:.2f} | {row['time_expected']:.2f} | {kept} | "
+            f"{row['memory']:.2f} | {row['memory_expected']:.2f} | {row['verdict']} |"
+        )
+    return lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES), help="[all]")
+    parser.add_argument("--rounds", type=int, help="turns of each size [7]")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; on a busy CPU several wait for one another [1]"
+    )
+    parser.add_argument("--json", type=Path, help="write the record")
+    parser.add_argument("--quick", action="store_true", help="two sizes, two rounds: to see that the pieces fit")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    rounds = arguments.rounds or (2 if arguments.quick else 7)
+    sizes = _QUICK if arguments.quick else AXES
+    record: Row = {
+        "environment": run.environment("cpu"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "quick": arguments.quick,
+        "margin": MARGIN, "fixed": Size()._asdict(), "rows": [],
+    }  # fmt: skip
+    print("\n".join(table([])))
+    for axis in arguments.axes:
+        record["rows"].append(measure(axis, sizes[axis], rounds))
+        print(table(record["rows"][-1:])[-1], flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if all(row["verdict"] == "no surprise" for row in record["rows"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
