@@ -629,8 +629,8 @@ def test_two_thousand_batches_leak_nothing(mixture: Mixture):
 
 def test_a_caller_that_is_busy_is_not_run_ahead_of(source: Mixture, monkeypatch: pytest.MonkeyPatch):
     """What is read ahead is bounded, waits for the caller, and is at hand when it comes back."""
-    read, taken = Mixture.read, []
-    monkeypatch.setattr(Mixture, "read", lambda self, i, **options: taken.append(i) or read(self, i, **options))
+    read, taken = Mixture.read_many, []
+    monkeypatch.setattr(Mixture, "read_many", lambda self, ids: taken.extend(ids) or read(self, ids))
     for prefetch in (1, 3):
         taken.clear()
         loader = batches(source, last_step=None, prefetch=prefetch, batch_size=4, threads=2)
