@@ -453,7 +453,7 @@ def _stream(
             raise StopIteration  # tells DALI that the data ends here
         in_flight.append(request)
         # A list of tensors DALI would look through one by one.
-        encoded = TensorListCPU(request.encoded, contiguous=False)
+        encoded = TensorListCPU(request.encoded, contiguous=False)  # pyright: ignore[reportCallIssue]
         return [encoded, *(request.inputs[name] for name in options.inputs)]
 
     try:

@@ -369,7 +369,8 @@ class Mixture:
 
     def read_many(self, ids: np.ndarray) -> list[bytes | SampleError]:
         """As `Manifest.read_many`, the errors with ids in the mixture."""
-        of, found = self.source_of(ids), [b""] * len(ids)
+        of = self.source_of(ids)
+        found: list[bytes | SampleError] = [b""] * len(ids)
         for k in np.unique(of):
             places = np.flatnonzero(of == k)
             start = self.starts[k]
