@@ -222,15 +222,15 @@ class Served:
         except (EOFError, OSError):
             self._process.join()
             said = f"its process died (exit code {self._process.exitcode})"
-        self.end()
+        self.end(patience=0.0)
         return said
 
-    def end(self) -> None:
+    def end(self, patience: float = 5.0) -> None:
         if self._process is None:
             return
         with contextlib.suppress(OSError):
             self._connection.send(None)
-        self._process.join(5.0)
+        self._process.join(patience)
         for pid in family(self._process.pid or 0):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -421,7 +421,7 @@ def benchmark(arguments: argparse.Namespace, device: str) -> int:
         os.environ["CJEPA_CACHE"] = str(Path(work) / "cache")  # inherited: no index is left behind
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
         try:
-            laid_out = _images(arguments, Path(work), device)
+            laid_out = _images(arguments, Path(work), device, wanted)
             for kind, images in laid_out.items():
                 if kind not in wanted:
                     continue
@@ -473,14 +473,16 @@ def _presets(device: str, quick: bool) -> list[str]:
     return ["cjepa_vit_small16_in1k", *([] if quick else large)]
 
 
-def _images(arguments: argparse.Namespace, work: Path, device: str) -> dict[str, Images]:
-    """The images to read, laid out below `work`; those that no path is given for are made."""
+def _images(arguments: argparse.Namespace, work: Path, device: str, wanted: Sequence[str]) -> dict[str, Images]:
+    """The images to read, laid out below `work`; those that no path is given for are made. Waits may want either."""
     shards, quick = arguments.threads, arguments.quick
     found = {}
     for kind, path, size, (height, width), limit, batch_size in (
         ("imagenet", arguments.imagenet, 224, (375, 500), 64 if quick else 1000, 64),
         ("cifar", arguments.cifar, 32, (32, 32), 512 if quick else 10_000, 256),
     ):
+        if kind not in wanted and "waits" not in wanted:
+            continue
         encoded = read_jpegs(path, limit) if path else synthetic_jpegs(height, width, min(limit, 512))
         name = kind if path else f"synthetic {width}x{height}"
         batch_size = min(len(encoded), 256 if device == "cuda" else 16 if quick else batch_size)

@@ -438,6 +438,7 @@ def _stream(
     """Decode requests in one pipeline. Raises _Failed."""
     import torch
     from nvidia.dali.pipeline import Pipeline
+    from nvidia.dali.tensors import TensorListCPU
 
     fn, _ = _dali()
     gpu = None if options.device == "cpu" else torch.device(options.device)
@@ -451,7 +452,9 @@ def _stream(
         if request is None:
             raise StopIteration  # tells DALI that the data ends here
         in_flight.append(request)
-        return [request.encoded, *(request.inputs[name] for name in options.inputs)]
+        # A list of tensors DALI would look through one by one.
+        encoded = TensorListCPU(request.encoded, contiguous=False)  # pyright: ignore[reportCallIssue]
+        return [encoded, *(request.inputs[name] for name in options.inputs)]
 
     try:
         pipeline = Pipeline(
@@ -491,7 +494,7 @@ class _Feed:
     def __init__(self, source: Mixture, requests: Iterator[_Request], *, threads: int, depth: int) -> None:
         self._source, self._requests, self._stopped = source, requests, False
         self._ready: queue.Queue[tuple[_Request, list[_Part]] | Exception | None] = queue.Queue(depth)
-        self._tasks: queue.SimpleQueue[tuple[_Part, list[int]] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[_Part, np.ndarray] | None] = queue.SimpleQueue()
         self._parts = 2 * threads  # of a batch; more than threads, as some are slower to read
         self._planner = threading.Thread(target=self._plan, daemon=True, name="plan batches")
         self._readers = [threading.Thread(target=self._read, daemon=True, name="read images") for _ in range(threads)]
@@ -544,7 +547,7 @@ class _Feed:
                 parts: list[_Part] = []
                 for ids in np.array_split(request.ids, min(len(request.ids), self._parts)):
                     parts.append(Future())
-                    self._tasks.put((parts[-1], ids.tolist()))
+                    self._tasks.put((parts[-1], ids))
                 self._ready.put((request, parts))
                 if self._stopped:
                     return
@@ -558,12 +561,11 @@ class _Feed:
         while (task := self._tasks.get()) is not None and not self._stopped:
             part, ids = task
             encoded, unread = [], {}
-            for i in ids:
-                try:
-                    encoded.append(TensorCPU(self._source.read(i)))
-                except SampleError as error:
-                    unread[i] = str(error)
-                    encoded.append(TensorCPU(b"\0"))  # is no image: it fails in its turn, not before
+            for data in self._source.read_many(ids):
+                if isinstance(data, SampleError):
+                    unread[data.sample] = str(data)
+                    data = b"\0"  # is no image: it fails in its turn, not before
+                encoded.append(TensorCPU(data))
             part.set_result((encoded, unread))
 
 

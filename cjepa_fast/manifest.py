@@ -40,6 +40,7 @@ _ALIGN = 64
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EAGAIN}
 _PAUSES = (0.1, 1.0, 5.0)
 _HOPELESS = 30.0
+_HOW = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +87,12 @@ class Strings:
         return len(self.ends)
 
     def __getitem__(self, i: int) -> str:
-        start = self.ends.item(i - 1) if i else 0
-        return str(self._bytes[start : self.ends.item(i)], "utf-8", "surrogateescape")
+        return self.several(np.array([i]))[0]
+
+    def several(self, ids: np.ndarray) -> list[str]:
+        starts, ends = np.where(ids > 0, self.ends[ids - 1], 0).tolist(), self.ends[ids].tolist()
+        data = self._bytes
+        return [str(data[start:end], "utf-8", "surrogateescape") for start, end in zip(starts, ends, strict=True)]
 
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))
@@ -116,7 +121,7 @@ class Manifest:
         self.description: str = meta["description"]
         self.classes: tuple[str, ...] = tuple(meta["classes"])
         self._hopeless_until = 0.0
-        self._container_of, self._bytes_of = entries["container"], entries["bytes"]
+        self._container_of, self._bytes_of, self._offset_of = (entries[c] for c in ("container", "bytes", "offset"))
         self._container_paths: dict[int, str] = {}
         self._open = _OpenShards(64)
         self._row_groups = _RowGroups(4)
@@ -138,11 +143,21 @@ class Manifest:
 
     def path(self, i: int) -> str:
         """The file of image i: the image itself, or its shard."""
-        k, single = self._container_of.item(i), self.kind in ("folder", "list")
+        (path,) = self._paths(np.array([i]))
+        return path
+
+    def _paths(self, ids: np.ndarray) -> list[str]:
+        containers = map(self._container, self._container_of[ids].tolist())
+        if self.kind in ("folder", "list"):
+            return [container + name for container, name in zip(containers, self.names.several(ids), strict=True)]
+        return list(containers)
+
+    def _container(self, k: int) -> str:
+        """The path of a shard, or of a folder with a slash behind it."""
         if (container := self._container_paths.get(k)) is None:
-            container = os.path.join(self.base, self.containers[k], *([""] if single else []))
-            self._container_paths[k] = container
-        return container + self.names[i] if single else container
+            slash = [""] if self.kind in ("folder", "list") else []
+            self._container_paths[k] = container = os.path.join(self.base, self.containers[k], *slash)
+        return container
 
     def name(self, i: int) -> str:
         """Image i for a message: a path, with the member or row of a shard."""
@@ -167,27 +182,55 @@ class Manifest:
         Raises:
             SampleError: it cannot be read, or is not what was indexed.
         """
-        size = self._bytes_of.item(i)
-        for pause in (*_PAUSES, None):
-            try:
-                data = self._bytes(i, size)
-                break
-            except (OSError, ShardFault, IndexError) as error:
-                cause = error.__context__ if isinstance(error, ShardFault) else error  # what pyarrow met
-                reason = getattr(error, "strerror", None) or error
-                transient = getattr(cause, "errno", None) in _TRANSIENT
-                if pause is None or not transient or time.monotonic() < self._hopeless_until:
-                    if transient:
-                        self._hopeless_until = time.monotonic() + _HOPELESS
-                    message = f"{self.name(i)}: cannot be read any more ({reason}); restore it or index again"
-                    raise SampleError(i, message) from None
-                log.warning("%s: %s; trying again in %g s", self.name(i), reason, pause)
-                self.close()  # an open shard may be what is stale
-                time.sleep(pause)
-        damaged = verify and self.meta["mode"] == "thorough" and zlib.crc32(data) != self.entries["crc32"][i]
-        if len(data) != size or damaged:
-            raise SampleError(i, f"{self.name(i)}: changed since it was indexed; restore it or index again")
+        (data,) = self._read(np.array([i]))
+        if isinstance(data, SampleError):
+            raise data
+        if verify and self.meta["mode"] == "thorough" and zlib.crc32(data) != self.entries["crc32"][i]:
+            raise self._changed(i)
         return data
+
+    def read_many(self, ids: np.ndarray) -> list[bytes | SampleError]:
+        """As `read`, of images `ids` one after another: the bytes of each, or what is wrong with it.
+
+        Tens of thousands of small images a second are read, so what can be looked up for all of them at once is.
+        """
+        return list(self._read(ids))
+
+    def _read(self, ids: np.ndarray) -> Iterator[bytes | SampleError]:
+        sizes, offsets = self._bytes_of[ids].tolist(), self._offset_of[ids].tolist()
+        for i, path, offset, size in zip(ids.tolist(), self._paths(ids), offsets, sizes, strict=True):
+            try:
+                try:
+                    data = self._bytes(path, offset, size)
+                except (OSError, ShardFault, IndexError) as error:
+                    data = self._retry(i, path, offset, size, error)
+            except SampleError as error:
+                yield error
+            else:
+                yield data if len(data) == size else self._changed(i)
+
+    def _retry(self, i: int, path: str, offset: int, size: int, error: Exception) -> bytes:
+        """The bytes of an image that could not be read because of `error`. Raises SampleError."""
+        for pause in (*_PAUSES, None):
+            cause = error.__context__ if isinstance(error, ShardFault) else error  # what pyarrow met
+            reason = getattr(error, "strerror", None) or error
+            transient = getattr(cause, "errno", None) in _TRANSIENT
+            if pause is None or not transient or time.monotonic() < self._hopeless_until:
+                break
+            log.warning("%s: %s; trying again in %g s", self.name(i), reason, pause)
+            self.close()  # an open shard may be what is stale
+            time.sleep(pause)
+            try:
+                return self._bytes(path, offset, size)
+            except (OSError, ShardFault, IndexError) as another:
+                error = another
+        if transient:
+            self._hopeless_until = time.monotonic() + _HOPELESS
+        message = f"{self.name(i)}: cannot be read any more ({reason}); restore it or index again"
+        raise SampleError(i, message)
+
+    def _changed(self, i: int) -> SampleError:
+        return SampleError(i, f"{self.name(i)}: changed since it was indexed; restore it or index again")
 
     def fault(self, i: int) -> str | None:
         """Why image i cannot be used now, None if it seems sound: the whole check of a thorough index."""
@@ -201,13 +244,13 @@ class Manifest:
         then = int(entry["format"]), int(entry["width"]), int(entry["height"])
         return None if tuple(header) == then else f"{self.name(i)}: changed since it was indexed"
 
-    def _bytes(self, i: int, size: int) -> bytes:
+    def _bytes(self, path: str, offset: int, size: int) -> bytes:
         if self.kind == "parquet":
-            return self._row_groups.row(self.path(i), int(self.entries["offset"][i]))
+            return self._row_groups.row(path, offset)
         if self.kind == "tar":
-            shard = self._open.get(self.path(i))  # held: it closes with its last user
-            return os.pread(shard.fd, size, int(self.entries["offset"][i]))
-        return read_file(self.path(i), size)
+            shard = self._open.get(path)  # held: it closes with its last user
+            return os.pread(shard.fd, size, offset)
+        return read_file(path, size)
 
     def close(self) -> None:
         """Close the shards that are open; reading opens them again."""
@@ -324,6 +367,17 @@ class Mixture:
         except SampleError as error:
             raise SampleError(i, str(error)) from None
 
+    def read_many(self, ids: np.ndarray) -> list[bytes | SampleError]:
+        """As `Manifest.read_many`, the errors with ids in the mixture."""
+        of = self.source_of(ids)
+        found: list[bytes | SampleError] = [b""] * len(ids)
+        for k in np.unique(of):
+            places = np.flatnonzero(of == k)
+            start = self.starts[k]
+            for place, data in zip(places.tolist(), self.manifests[k].read_many(ids[places] - start), strict=True):
+                found[place] = data if isinstance(data, bytes) else SampleError(data.sample + start, str(data))
+        return found
+
     def path(self, i: int) -> str:
         manifest, at = self._locate(i)
         return manifest.path(at)
@@ -350,7 +404,7 @@ def read_file(path: str, size: int) -> bytes:
     In as few system calls as can be, as each gives the interpreter's lock away. It need not ask whether the file is a
     regular one: it never waits at a pipe, and never reads more.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(path, _HOW)
     try:
         data = os.read(fd, size + 1)
         while len(data) < size and (more := os.read(fd, size + 1 - len(data))):

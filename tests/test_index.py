@@ -755,6 +755,9 @@ def test_roots_are_mixed(tmp_path: Path):
     with pytest.raises(SampleError) as caught:
         mixture.read(6)
     assert caught.value.sample == 6
+    error, image, other = mixture.read_many(np.array([6, 5, 0]))
+    assert isinstance(error, SampleError) and (error.sample, str(error)) == (6, str(caught.value))
+    assert (image, other) == (jpeg(1, 13, 21), jpeg(0, 14, 20))
     with pytest.raises(UserError, match="a weight is so small that an epoch visits none of its images"):
         open_sources([f"{tmp_path / 'a'}=0.1"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import json
 import os
@@ -33,6 +35,7 @@ SMALL = (
     f"--optim.batch-size 8 --optim.steps {STEPS} --optim.warmup-epochs 0.2 --run.log-every 1 --run.checkpoint-every 7 "
     "--runtime.data-threads 1 --runtime.device cpu"
 ).split()  # fmt: skip
+TWO_STEPS = ("--optim.steps", "2", "--optim.warmup-epochs", "0")
 CLOCKS = {"images_per_s", "data_wait_ms"}
 ROOT = Path(__file__).parent.parent
 
@@ -305,15 +308,6 @@ def test_a_second_request_to_stop_ends_at_once(monkeypatch: pytest.MonkeyPatch) 
             signal.signal(number, handler)
 
 
-def test_bare_images_train_without_a_probe(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for path in images.glob("*/*.jpg"):
-        shutil.copy(path, flat / f"{path.parent.name}{path.name}")
-    lines = run(flat, tmp_path / "run", "--optim.steps", "2", "--optim.warmup-epochs", "0")
-    assert all("knn_top1" not in line for line in lines) and "no 20-NN probe" in capsys.readouterr().out
-
-
 def as_tar(images: Path, folder: Path) -> Path:
     folder.mkdir()
     with tarfile.open(folder / "train-0.tar", "w") as shard:
@@ -363,9 +357,71 @@ def test_nothing_is_written_but_the_cache_and_the_run(images: Path, tmp_path: Pa
     assert stamps(ROOT / "cjepa_fast") == checkout
 
 
-def test_shards_train_as_folders_do(images: Path, straight: Path, tmp_path: Path) -> None:
-    shards = as_tar(images, tmp_path / "shards")
-    assert without_clocks(run(shards, tmp_path / "run")) == without_clocks(metrics(straight))
+def as_flat_folder(images: Path, folder: Path) -> list[str]:
+    folder.mkdir()
+    for i, path in enumerate(sorted(images.glob("*/*.jpg"))):
+        shutil.copy(path, folder / f"{i:03d}.jpg")
+    return [str(folder)]
+
+
+def as_parquet(images: Path, folder: Path) -> list[str]:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: parquet is not tested")
+    paths = sorted(images.glob("*/*.jpg"))
+    rows = {
+        "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+        "label": [int(path.parent.name == "dog") for path in paths],
+    }
+    folder.mkdir()
+    importlib.import_module("pyarrow.parquet").write_table(
+        pyarrow.table(rows), folder / "train-0.parquet", row_group_size=7
+    )
+    return [str(folder / "train-*.parquet")]
+
+
+def as_list(images: Path, folder: Path, ending: str) -> list[str]:
+    """With labels, of paths relative to it."""
+    folder.mkdir()
+    lines = ["path,label"] if ending == "csv" else []
+    for path in sorted(images.glob("*/*.jpg")):
+        relative = os.path.relpath(path, folder)
+        lines.append(f"{relative},{path.parent.name}" if ending == "csv" else f"{relative}\t{path.parent.name}")
+    (folder / f"train.{ending}").write_text("\n".join(lines) + "\n")
+    return [str(folder / f"train.{ending}")]
+
+
+KINDS = {
+    "flat folder": (as_flat_folder, "40 images in 1 folder, no labels"),
+    "tar shards": (lambda images, folder: [str(as_tar(images, folder))], "40 images in 1 tar shard, 2 labels"),
+    "parquet": (as_parquet, "40 images in 1 parquet file, 2 labels"),
+    "text list": (functools.partial(as_list, ending="txt"), "40 images in a list of 40 paths, 2 labels"),
+    "CSV list": (functools.partial(as_list, ending="csv"), "40 images in a list of 40 paths, 2 labels"),
+    "mixture": (
+        lambda images, _: [f"{images / 'cat'}=1", f"{images / 'dog'}=1"],
+        "20 images in 1 folder, no labels, weight 1; 20 images in 1 folder, no labels, weight 1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def two_steps(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return without_clocks(run(images, tmp_path_factory.mktemp("runs") / "two", *TWO_STEPS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_trains_as_class_folders_do(
+    images: Path, two_steps: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """The same images in the same order: every figure of every step is equal, and so is the probe's, given labels."""
+    lay_out, found = KINDS[kind]
+    roots = lay_out(images, tmp_path / "data")
+    assert main([*SMALL, "--run.dir", str(tmp_path / "run"), *TWO_STEPS, "--data.root", *roots]) == 0
+    printed = capsys.readouterr().out
+    assert f"data: {' '.join(roots)}: {found}\n" in printed
+    expected = two_steps
+    if "no labels" in found:
+        assert "no labels, so no 20-NN probe" in printed
+        expected = [{name: x for name, x in line.items() if name != "knn_top1"} for line in two_steps]
+    assert without_clocks(metrics(tmp_path / "run")) == expected
 
 
 def test_roots_are_mixed_and_resume_knows_them(
