@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cjepa_fast.distributed import world_size
 from cjepa_fast.losses import Projector, block_vicreg, context_target_vicreg, prediction_loss
 from cjepa_fast.masks import Masks
+from cjepa_fast.optim import AdamW
 from cjepa_fast.vit import Encoder, Layout, Predictor, Selection
 
 
@@ -182,6 +183,16 @@ def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks],
         Terms(prediction + penalty, prediction, sim, std, cov), predictions.detach(),
         torch.cat(targets) if masks[0].union is None else None,
     )  # fmt: skip
+
+
+def train_step(
+    networks: Networks, optimizer: AdamW, images: Tensor, masks: Sequence[Masks], weights: LossWeights, momentum: float
+) -> StepOutput:  # fmt: skip
+    """A whole step on the device: loss and gradients of one batch, optimizer, and averages with `momentum`."""
+    out = forward_backward(networks, images, masks, weights)
+    optimizer.step(momentum=momentum)
+    optimizer.zero_grad()
+    return out
 
 
 def _prediction_loss(predictions: Tensor, targets: Tensor, masks: Masks, weights: LossWeights) -> Tensor:

@@ -32,7 +32,7 @@ from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.meter import Meter
 from cjepa_fast.probe import Probe
 from cjepa_fast.run import CHECKPOINTS, INDEX, RunDirectory, refuse_existing, require_sinks
-from cjepa_fast.step import LossWeights, Networks, forward_backward
+from cjepa_fast.step import LossWeights, Networks, train_step
 from cjepa_fast.views import Photometric
 
 COLLAPSED = 0.1  # a feature_std under this share of the untrained encoder's is called a collapse
@@ -224,12 +224,8 @@ def train(command: cli.Command, world: config.World) -> int:
         whole = any(ends_interval(step + ahead) for ahead in range(1, meter.window + 1))
         masks = sampler.sample_parts(step, batch.ids, c.runtime.accumulate, union=unions and not whole)
         masks = [part.to(device) for part in masks]
-        out = forward_backward(networks, batch.images, masks, weights)
-        for group in optimizer.param_groups:
-            group["lr"] = float(schedule.lr[step])
-            group["weight_decay"] = float(schedule.weight_decay[step]) if group["decayed"] else 0.0
-        optimizer.step(momentum=float(schedule.ema[step]))
-        optimizer.zero_grad()
+        momentum = schedule.apply(optimizer, step)
+        out = train_step(networks, optimizer, batch.images, masks, weights, momentum)
         meter.add(out, batch.wait_ms)
 
         done = step + 1
