@@ -186,12 +186,17 @@ def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks],
 
 
 def train_step(
-    networks: Networks, optimizer: AdamW, images: Tensor, masks: Sequence[Masks], weights: LossWeights, momentum: float
+    networks: Networks, optimizer: AdamW, weights: LossWeights, images: Tensor, masks: Sequence[Masks],
+    momentum: float, *, graphed: bool = False,
 ) -> StepOutput:  # fmt: skip
-    """A whole step on the device: loss and gradients of one batch, optimizer, and averages with `momentum`."""
+    """A whole step on the device: loss and gradients of one batch, optimizer, and averages with `momentum`.
+
+    graphed: for a CUDA graph: gradients keep their memory, and hyperparameters are those that the optimizer's
+        `set_hyperparameters` last took to the device.
+    """
     out = forward_backward(networks, images, masks, weights)
-    optimizer.step(momentum=momentum)
-    optimizer.zero_grad()
+    optimizer.step(momentum=momentum, held=graphed)
+    optimizer.zero_grad(set_to_none=not graphed)
     return out
 
 

@@ -7,6 +7,7 @@ Without arguments it trains the demo. `--check` validates everything, prints wha
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import logging
 import math
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cjepa_fast import checkpoint, cli, config, cost, data, distributed, index, ops, optim, vit
+from cjepa_fast import checkpoint, cli, config, cost, data, distributed, graphs, index, ops, optim, vit
 from cjepa_fast.cache import cached_folder
 from cjepa_fast.demo_data import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.errors import UserError
@@ -64,6 +65,8 @@ def train(command: cli.Command, world: config.World) -> int:
     config.validate_world(c, world.size)
     device = pick_device(c.runtime.device, world.local_rank)
     ops.require(c.runtime.kernels, device.type)
+    if c.runtime.cuda_graph == "on":
+        graphs.require(c.runtime.kernels, device)
     shape, patches = vit.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
     ops.require_attention(
         c.runtime.attention, device.type, dtype=activation_dtype(c), length=patches,
@@ -156,6 +159,10 @@ def train(command: cli.Command, world: config.World) -> int:
         c.loss.vicreg_views, c.runtime.kernels,
     )  # fmt: skip
 
+    take_step = functools.partial(train_step, networks, optimizer, weights)
+    if c.runtime.cuda_graph == "on":
+        take_step = graphs.GraphedStep(take_step, optimizer, graphs.Recorder(device))
+
     # The run directory, and the state to continue from.
     directory = run_directory(c, resume, device)
     if world.rank == 0:
@@ -224,8 +231,7 @@ def train(command: cli.Command, world: config.World) -> int:
         whole = any(ends_interval(step + ahead) for ahead in range(1, meter.window + 1))
         masks = sampler.sample_parts(step, batch.ids, c.runtime.accumulate, union=unions and not whole)
         masks = [part.to(device) for part in masks]
-        momentum = schedule.apply(optimizer, step)
-        out = train_step(networks, optimizer, batch.images, masks, weights, momentum)
+        out = take_step(batch.images, masks, schedule.apply(optimizer, step))
         meter.add(out, batch.wait_ms)
 
         done = step + 1

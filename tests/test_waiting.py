@@ -110,7 +110,7 @@ def test_a_step_waits_for_nothing(
             union = views == "target_blocks" and step == 0
             masks = sampler.sample_parts(step, range(BATCH), parts, union=union)
             masks = [part.to(ON_A_GPU) for part in masks]
-            out = train_step(net, optimizer, images, masks, weights, plan.apply(optimizer, step))
+            out = train_step(net, optimizer, weights, images, masks, plan.apply(optimizer, step))
             meter.add(out, 0.0)
     assert watch.operations > 500 and watch.copies >= 2 * parts * 2
 
