@@ -46,6 +46,8 @@ class ModelConfig:
     """Divide the initial residual projections of block l by sqrt(2 l); I-JEPA means to, but undoes it."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the networks; weights, losses and optimiser state stay fp32."""
+    target_precision: Literal["same", "float8"] = "same"
+    """float8: the target encoder's linear layers, on GPUs from capability 8.9 on; not yet run on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -443,6 +445,11 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         model.predictor_width % math.lcm(4, heads) == 0,
         f"is not a multiple of 4 and of the predictor's {heads} heads;"
         f" use {_multiples(model.predictor_width, math.lcm(4, heads))}",
+    )
+    yield (
+        "model.target_precision",
+        model.target_precision == "same" or model.precision == "bf16",
+        f"needs model.precision bf16, not {model.precision}; use same",
     )
 
     patches = (model.image_size // model.patch_size) ** 2

@@ -139,10 +139,11 @@ def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks],
     """
     context_images, target_images = images if images.ndim == 5 else (images, images)
     inputs = context_images.chunk(len(masks))
-    targets = [
-        target_embeddings(networks.target_encoder, part, mask)
-        for part, mask in zip(target_images.chunk(len(masks)), masks, strict=True)
-    ]
+    with torch.no_grad(), networks.target_encoder.quantised():
+        targets = [
+            target_embeddings(networks.target_encoder, part, mask)
+            for part, mask in zip(target_images.chunk(len(masks)), masks, strict=True)
+        ]
     zero = torch.zeros((), device=images.device)
     terms, penalty = (zero, zero, zero), zero
     if len(masks) == 1:

@@ -65,6 +65,8 @@ def train(command: cli.Command, world: config.World) -> int:
     config.validate_world(c, world.size)
     device = pick_device(c.runtime.device, world.local_rank)
     ops.require(c.runtime.kernels, device.type)
+    if c.model.target_precision == "float8":
+        ops.require_float8(device)
     if c.runtime.cuda_graph == "on":
         graphs.require(c.runtime.kernels, device)
     shape, patches = vit.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
@@ -337,6 +339,8 @@ def build_networks(c: config.Config) -> Networks:
         )
         for _ in range(2)
     )  # fmt: skip
+    if c.model.target_precision == "float8":
+        target_encoder.use_float8(c.runtime.kernels)
     predictor = vit.build_predictor(
         c.model.encoder, c.model.image_size, c.model.patch_size, c.model.predictor_depth, c.model.predictor_width,
         c.model.predictor_heads, depth_rescale=c.model.depth_rescale_init,
