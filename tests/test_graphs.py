@@ -93,7 +93,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     monkeypatch.setattr(graphs, "require", lambda *args: None)
     monkeypatch.setattr(graphs, "Recorder", StandIn)
     # else every step of so small a batch would show the health figures all target rows
-    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 8)
+    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 16)
     StandIn.made = []
     return StandIn
 
@@ -206,7 +206,7 @@ def test_graphs_change_nothing_on_a_gpu(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
     """Real captures and replays, compiled blocks included; kernels are deterministic, torch's need not all be."""
-    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 8)
+    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 16)
     more = ["--runtime.device", "cuda", *more]
     plain = run(images, tmp_path / "plain", *more)
     graphed = run(images, tmp_path / "graphed", *more, "--runtime.cuda-graph", "on")

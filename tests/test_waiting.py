@@ -192,11 +192,15 @@ def test_the_loop_waits_for_nothing(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", LOOPS, ids=" ".join)
+@pytest.mark.parametrize(
+    "more", [*LOOPS, ["--runtime.cuda-graph", "on", "--runtime.no-target-union-only"]], ids=" ".join
+)
 def test_the_loop_waits_for_nothing_on_a_gpu(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
-    """As torch sees it, compiled blocks and Triton kernels included; the first interval compiles, which may wait."""
+    """As torch sees it, compiled blocks and Triton kernels included; the first interval, which compiles and captures,
+    may wait.
+    """
     intervals = itertools.count()
 
     def enter() -> None:
