@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from cjepa_fast import ops, vit
+from cjepa_fast import distributed, ops, vit
 from cjepa_fast.errors import UserError
 from cjepa_fast.losses import Projector
 from cjepa_fast.masks import Masks, MultiBlockSampler
@@ -157,6 +159,20 @@ def test_weights_are_rounded_once_a_step_and_follow_the_average(monkeypatch: pyt
     assert first is not None and second is not None
     assert relative(second, expected) < 5e-3 and relative(first, expected) > 0.05
     assert all(parameter.grad is None for parameter in net.target_encoder.parameters())
+
+
+def test_sharded_weights_are_rounded_where_they_are_whole(tmp_path: Path) -> None:
+    """In a group of one process; in fp32 beside float8, for which FSDP2 gathers the weights as they are."""
+    images, _ = batch()
+    plain, sharded = (networks("eager", torch.float32).target_encoder for _ in range(2))
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        distributed.shard(sharded, list(sharded.blocks), mesh, unit=1, reshard=True, dtype=torch.float32)
+        with plain.quantised(), sharded.quantised():
+            assert torch.equal(target_embeddings(sharded, images), target_embeddings(plain, images))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_compiled_blocks_compute_the_same() -> None:
