@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_fast import config, graphs, ops, optim
+from cjepa_fast import config, cost, graphs, ops, optim
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import Masks
 from cjepa_fast.optim import AdamW
@@ -237,6 +237,14 @@ def test_what_cannot_be_captured_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: runtime.cuda_graph: {message}") and error.count("\n") == 1
     assert not out.exists()
+
+
+def test_gradients_that_keep_their_memory_are_planned_for() -> None:
+    """They are there when the step needs most, before the backward pass has begun."""
+    plain = config.Config()
+    graphed = config.replace(plain, {"runtime.cuda_graph": "on"})
+    off, on = (cost.memory_bytes(c, config.World(), 80.0, 33.0) for c in (plain, graphed))
+    assert off.moment in ("loss", "predictor's backward") and on.peak - off.peak == off.gradients > 0
 
 
 def test_several_processes_are_refused() -> None:
