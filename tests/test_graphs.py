@@ -132,10 +132,9 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     "more",
     [
         [],
-        ["--mask.mode", "packed"],
+        ["--mask.mode", "packed", "--model.precision", "bf16"],
         ["--loss.vicreg-views", "context_target"],
         ["--data.views", "2", "--data.grayscale-p", "0.5", "--runtime.no-target-union-only"],
-        ["--model.precision", "bf16"],
     ],
     ids=" ".join,
 )
@@ -200,12 +199,19 @@ def test_results_last_until_the_next_step() -> None:
     assert first.terms.loss.isnan() and second.terms.loss == 10
 
 
+ONE_SIZE = "--mask.target-scale 0.17 0.17 --mask.target-aspect 1 1 --model.precision bf16 --runtime.compile on".split()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [[], ["--mask.mode", "packed"], ["--model.precision", "bf16"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "more",
+    [["--runtime.compile", "off"], ["--runtime.compile", "off", "--mask.mode", "packed"], ONE_SIZE],
+    ids=" ".join,
+)
 def test_graphs_change_nothing_on_a_gpu(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
-    """Real captures and replays, compiled blocks included; kernels are deterministic, torch's need not all be."""
+    """Real captures and replays, also of compiled blocks; ours are deterministic, torch's kernels need not all be."""
     monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 16)
     more = ["--runtime.device", "cuda", *more]
     plain = run(images, tmp_path / "plain", *more)

@@ -159,9 +159,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 LOOPS = [
     [],
     ["--runtime.no-target-union-only"],
-    ["--mask.mode", "packed"],
-    ["--mask.mode", "packed", "--model.predictor-context", "shared", "--loss.vicreg-views", "context_target"],
-    ["--runtime.accumulate", "2"],
+    ["--mask.mode", "packed", "--model.predictor-context", "shared"],
+    ["--loss.vicreg-views", "context_target", "--runtime.accumulate", "2"],
 ]
 
 
