@@ -199,7 +199,10 @@ def test_results_last_until_the_next_step() -> None:
     assert first.terms.loss.isnan() and second.terms.loss == 10
 
 
-ONE_SIZE = "--mask.target-scale 0.17 0.17 --mask.target-aspect 1 1 --model.precision bf16 --runtime.compile on".split()
+ONE_SIZE = [
+    *("--mask.target-scale", "0.17", "0.17", "--mask.target-aspect", "1", "1"),
+    *("--model.precision", "bf16", "--runtime.compile", "on"),
+]
 
 
 @pytest.mark.gpu
