@@ -46,6 +46,8 @@ class ModelConfig:
     """Divide the initial residual projections of block l by sqrt(2 l); I-JEPA means to, but undoes it."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the networks; weights, losses and optimiser state stay fp32."""
+    target_precision: Literal["same", "float8"] = "same"
+    """float8: the target encoder's linear layers, on GPUs from capability 8.9 on; not yet run on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +182,8 @@ class RuntimeConfig:
         "auto", "triton", "eager", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "varlen"
     ] = "auto"
     """Implementation of attention; auto takes what was measured to be fastest on this GPU, else sdpa."""
+    cuda_graph: Literal["off", "on"] = "off"
+    """on replays each step as one CUDA graph per block size: for small models on one GPU; not yet run on a GPU."""
     masks: Literal["auto", "native", "numpy", "cuda"] = "auto"
     """Sampler of the masks: auto takes C++ (native) or, without it, NumPy; cuda samples on the GPU."""
     predictor_targets_only: bool = True
@@ -356,6 +360,8 @@ def validate_world(config: Config, world_size: int) -> None:
             f"runtime.accumulate: {parts} parts do not divide the {batch // world_size} images of a process"
             f" (optim.batch_size {batch} over {world_size}); use a divisor of {batch // world_size}"
         )
+    if config.runtime.cuda_graph == "on" and world_size > 1:
+        raise UserError(f"runtime.cuda_graph: on captures the step of one process, there are {world_size}; use off")
     if shards is not None and world_size % shards:
         divisors = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         raise UserError(
@@ -439,6 +445,11 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         model.predictor_width % math.lcm(4, heads) == 0,
         f"is not a multiple of 4 and of the predictor's {heads} heads;"
         f" use {_multiples(model.predictor_width, math.lcm(4, heads))}",
+    )
+    yield (
+        "model.target_precision",
+        model.target_precision == "same" or model.precision == "bf16",
+        f"needs model.precision bf16, not {model.precision}; use same",
     )
 
     patches = (model.image_size // model.patch_size) ** 2
@@ -560,6 +571,14 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         optim.batch_size % runtime.accumulate == 0,
         f"does not divide optim.batch_size {optim.batch_size}; use a divisor",
     )
+    for clash, remedy in (
+        (mask.mode == "faithful", "needs the same token counts in every batch; use mask.mode fixed or packed"),
+        (runtime.accumulate > 1, "captures undivided batches; use runtime.accumulate 1"),
+        (runtime.kernels == "eager", "needs the optimizer's Triton kernel; use runtime.kernels auto"),
+        (runtime.attention == "xformers", "cannot capture xformers, which reads offsets; use runtime.attention auto"),
+        (runtime.device == "cpu", "needs a GPU; use off"),
+    ):
+        yield "runtime.cuda_graph", runtime.cuda_graph == "off" or not clash, remedy
     for key, least in (
         ("log_every", 1),
         ("checkpoint_every", 1),

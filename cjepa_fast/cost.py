@@ -191,7 +191,8 @@ def memory_bytes(
         kept(predictor, rows) - spared + size * (narrow * (rows + target_rows) + wide * target_rows) + loss + projected
     )
 
-    before = gradients if runtime.accumulate > 1 else 0.0  # of the parts that came before
+    # of the parts that came before; a CUDA graph's keep their memory
+    before = gradients if runtime.accumulate > 1 or runtime.cuda_graph == "on" else 0.0
     hidden = round(wide * encoder.mlp_ratio)
     moments = {
         "target encoder": size * part * patches * (2 * wide + 2 * hidden) + before,

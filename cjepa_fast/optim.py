@@ -69,26 +69,31 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, closure: Callable[[], float] | None = None, *, momentum: float | None = None
+        self, closure: Callable[[], float] | None = None, *, momentum: float | None = None, held: bool = False
     ) -> float | None:
         """Updates the parameters, then average = momentum * average + (1 - momentum) * parameter; None: no averages.
 
-        In a CUDA graph: see `cjepa_fast.ops.adamw_ema`, and call `set_hyperparameters` before every replay.
+        held: go by what `set_hyperparameters` last took to the device, for a CUDA graph, before whose every replay it
+            is to be called (see `cjepa_fast.ops.adamw_ema`, too). The groups' values and that of `momentum` are not
+            looked at. Only where `fuses`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._fuses:
-            self._fused_step(momentum)
+            if not held:
+                self.set_hyperparameters(momentum)
+            self._fused_step(momentum, held)
         else:
+            assert not held, "plain torch takes hyperparameters from the host"
             _torch_step(self)
             if momentum is not None:
                 torch._foreach_lerp_(list(self._averages.values()), self._followed, 1 - momentum)
             self.refresh_copies()
         return loss
 
-    def _fused_step(self, momentum: float | None) -> None:
+    def _fused_step(self, momentum: float | None, held: bool) -> None:
         columns: tuple[list[Any], ...] = ([], [], [], [], [])
         groups: list[int] = []
         for index, group in enumerate(self.param_groups):
@@ -96,8 +101,6 @@ class AdamW(torch.optim.AdamW):
                 raise ValueError(f"parameter group {index}: amsgrad and maximize are not offered")
             self._init_group(group, *columns[:4], [], columns[4])
             groups += [index] * (len(columns[0]) - len(groups))
-        if self._device.type == "cpu" or not torch.cuda.is_current_stream_capturing():
-            self.set_hyperparameters(momentum)
 
         def twins(of: Mapping[Tensor, Tensor]) -> list[Tensor | None]:
             return [of.get(parameter) for parameter in columns[0]] if of else []
@@ -112,7 +115,7 @@ class AdamW(torch.optim.AdamW):
         # an average follows a parameter without gradient, too
         updated = set(columns[0])
         if alone := [parameter for parameter in averages if parameter not in updated]:
-            assert momentum is not None
+            assert momentum is not None and not held, "a parameter without gradient"
             torch._foreach_lerp_([averages[p] for p in alone], [_local(p) for p in alone], 1 - momentum)
             self.refresh_copies()
 
@@ -120,9 +123,11 @@ class AdamW(torch.optim.AdamW):
         """Takes the groups' values and the averages' momentum to the device, without waiting for it."""
         kept = 1.0 if momentum is None else momentum
         rows = [(g["lr"], g["weight_decay"], *g["betas"], g["eps"], kept) for g in self.param_groups]
-        values = torch.tensor(rows, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        values = torch.tensor(rows, dtype=torch.float64)
+        if self._device.type != "cpu":  # from pinned memory, the only kind the host need not wait for
+            values = values.pin_memory()
         if self._hyperparameters.shape != values.shape:
-            self._hyperparameters = torch.empty_like(values, device=self._device)
+            self._hyperparameters = torch.empty(values.shape, dtype=values.dtype, device=self._device)
         self._hyperparameters.copy_(values, non_blocking=True)
 
     @torch.no_grad()
@@ -165,6 +170,13 @@ class Schedules(NamedTuple):
     lr: NDArray[np.float64]
     weight_decay: NDArray[np.float64]
     ema: NDArray[np.float64]
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Gives the groups of `parameter_groups` their values for `step`; returns the averages' momentum."""
+        for group in optimizer.param_groups:
+            group["lr"] = float(self.lr[step])
+            group["weight_decay"] = float(self.weight_decay[step]) if group["decayed"] else 0.0
+        return float(self.ema[step])
 
 
 def schedules(

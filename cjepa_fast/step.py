@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cjepa_fast.distributed import world_size
 from cjepa_fast.losses import Projector, block_vicreg, context_target_vicreg, prediction_loss
 from cjepa_fast.masks import Masks
+from cjepa_fast.optim import AdamW
 from cjepa_fast.vit import Encoder, Layout, Predictor, Selection
 
 
@@ -138,10 +139,11 @@ def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks],
     """
     context_images, target_images = images if images.ndim == 5 else (images, images)
     inputs = context_images.chunk(len(masks))
-    targets = [
-        target_embeddings(networks.target_encoder, part, mask)
-        for part, mask in zip(target_images.chunk(len(masks)), masks, strict=True)
-    ]
+    with torch.no_grad(), networks.target_encoder.quantised():
+        targets = [
+            target_embeddings(networks.target_encoder, part, mask)
+            for part, mask in zip(target_images.chunk(len(masks)), masks, strict=True)
+        ]
     zero = torch.zeros((), device=images.device)
     terms, penalty = (zero, zero, zero), zero
     if len(masks) == 1:
@@ -182,6 +184,21 @@ def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks],
         Terms(prediction + penalty, prediction, sim, std, cov), predictions.detach(),
         torch.cat(targets) if masks[0].union is None else None,
     )  # fmt: skip
+
+
+def train_step(
+    networks: Networks, optimizer: AdamW, weights: LossWeights, images: Tensor, masks: Sequence[Masks],
+    momentum: float, *, graphed: bool = False,
+) -> StepOutput:  # fmt: skip
+    """A whole step on the device: loss and gradients of one batch, optimizer, and averages with `momentum`.
+
+    graphed: for a CUDA graph: gradients keep their memory, and hyperparameters are those that the optimizer's
+        `set_hyperparameters` last took to the device.
+    """
+    out = forward_backward(networks, images, masks, weights)
+    optimizer.step(momentum=momentum, held=graphed)
+    optimizer.zero_grad(set_to_none=not graphed)
+    return out
 
 
 def _prediction_loss(predictions: Tensor, targets: Tensor, masks: Masks, weights: LossWeights) -> Tensor:

@@ -7,6 +7,7 @@ Without arguments it trains the demo. `--check` validates everything, prints wha
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import logging
 import math
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cjepa_fast import checkpoint, cli, config, cost, data, distributed, index, ops, optim, vit
+from cjepa_fast import checkpoint, cli, config, cost, data, distributed, graphs, index, ops, optim, vit
 from cjepa_fast.cache import cached_folder
 from cjepa_fast.demo_data import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.errors import UserError
@@ -33,7 +34,7 @@ from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.meter import Meter
 from cjepa_fast.probe import Probe
 from cjepa_fast.run import CHECKPOINTS, INDEX, RunDirectory, refuse_existing, require_sinks
-from cjepa_fast.step import LossWeights, Networks, forward_backward
+from cjepa_fast.step import LossWeights, Networks, train_step
 from cjepa_fast.views import Photometric
 
 COLLAPSED = 0.1  # a feature_std under this share of the untrained encoder's is called a collapse
@@ -65,6 +66,10 @@ def train(command: cli.Command, world: config.World) -> int:
     config.validate_world(c, world.size)
     device = pick_device(c.runtime.device, world.local_rank)
     ops.require(c.runtime.kernels, device.type)
+    if c.model.target_precision == "float8":
+        ops.require_float8(device)
+    if c.runtime.cuda_graph == "on":
+        graphs.require(c.runtime.kernels, device)
     shape, patches = vit.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
     ops.require_attention(
         c.runtime.attention, device.type, dtype=activation_dtype(c), length=patches,
@@ -131,6 +136,10 @@ def train(command: cli.Command, world: config.World) -> int:
     mesh = distributed.mesh(device.type, config.shard_size(c, world))
     shard_networks(networks, mesh, unit=c.runtime.fsdp_blocks, reshard=saving.reshard)
     optimizer, weights = build_optimizer(c, networks, sharded=world.size > 1), loss_weights(c)
+
+    take_step = functools.partial(train_step, networks, optimizer, weights)
+    if c.runtime.cuda_graph == "on":
+        take_step = graphs.GraphedStep(take_step, optimizer, graphs.Recorder(device))
 
     # The run directory, and the state to continue from.
     directory = run_directory(c, resume, device)
@@ -199,12 +208,7 @@ def train(command: cli.Command, world: config.World) -> int:
         whole = any(ends_interval(step + ahead) for ahead in range(1, meter.window + 1))
         masks = sampler.sample_parts(step, batch.ids, c.runtime.accumulate, union=unions and not whole)
         masks = [part.to(device) for part in masks]
-        out = forward_backward(networks, batch.images, masks, weights)
-        for group in optimizer.param_groups:
-            group["lr"] = float(schedule.lr[step])
-            group["weight_decay"] = float(schedule.weight_decay[step]) if group["decayed"] else 0.0
-        optimizer.step(momentum=float(schedule.ema[step]))
-        optimizer.zero_grad()
+        out = take_step(batch.images, masks, schedule.apply(optimizer, step))
         meter.add(out, batch.wait_ms)
 
         done = step + 1
@@ -310,6 +314,8 @@ def build_networks(c: config.Config) -> Networks:
         )
         for _ in range(2)
     )  # fmt: skip
+    if c.model.target_precision == "float8":
+        target_encoder.use_float8(c.runtime.kernels)
     predictor = vit.build_predictor(
         c.model.encoder, c.model.image_size, c.model.patch_size, c.model.predictor_depth, c.model.predictor_width,
         c.model.predictor_heads, depth_rescale=c.model.depth_rescale_init,

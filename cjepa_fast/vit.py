@@ -12,11 +12,14 @@ rounding, the work is not.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cjepa_fast import ops
 from cjepa_fast.errors import UserError
@@ -106,14 +109,32 @@ class _Rounding:
 
 
 class Linear(_Rounding, nn.Linear):
-    """A linear layer in its input's dtype."""
+    """A linear layer in its input's dtype, or if `float8` names an implementation in float8, without gradient."""
+
+    float8: str | None = None
+    float8_weight: tuple[Tensor, Tensor] | None = None  # for some passes, see `Encoder.quantised`
 
     def __init__(self, width: int, out: int, kernels: str = "auto") -> None:
         super().__init__(width, out)
         self.kernels = kernels
 
     def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
+        if self.float8 is not None:
+            out = self.parts([input], [self.out_features])[0]
+            return F.gelu(out) if gelu else out
         return ops.linear(input, *self.rounded(input.dtype), gelu=gelu, impl=self.kernels)
+
+    def parts(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Products of several inputs, each with its own share of the layer's outputs."""
+        weight, bias = self.rounded(inputs[0].dtype)
+        assert bias is not None
+        biases = bias.split(list(sizes))
+        if self.float8 is None:
+            each = zip(inputs, weight.split(list(sizes)), biases, strict=True)
+            return [ops.linear(*of, impl=self.kernels) for of in each]
+        values, scale = self.float8_weight or ops.quantise_rows(weight)
+        shares = zip(inputs, values.split(list(sizes)), scale.split(list(sizes)), biases, strict=True)
+        return [ops.float8_linear(*of, impl=self.float8) for of in shares]
 
 
 class LayerNorm(_Rounding, nn.LayerNorm):
@@ -210,7 +231,7 @@ class Attention(nn.Module):
         super().__init__()
         if width % heads:
             raise UserError(f"width {width} is not divisible by {heads} attention heads")
-        self.width, self.heads, self.impl, self.kernels = width, heads, impl, kernels
+        self.width, self.heads, self.impl = width, heads, impl
         self.qkv = Linear(width, 3 * width, kernels)
         self.proj = Linear(width, width, kernels)
 
@@ -221,11 +242,7 @@ class Attention(nn.Module):
         chosen = wanted if layout.target_blocks is None else None
         query = None
         if chosen is not None and origin is None:
-            weight, bias = self.qkv.rounded(x.dtype)
-            assert bias is not None
-            weights, biases = (values.split([self.width, 2 * self.width]) for values in (weight, bias))
-            each = zip((chosen.of(x), x), weights, biases, strict=True)
-            query, qkv = (ops.linear(*of, impl=self.kernels) for of in each)
+            query, qkv = self.qkv.parts([chosen.of(x), x], [self.width, 2 * self.width])
         else:
             qkv = self.qkv(x)
             if origin is not None:
@@ -359,6 +376,29 @@ class Encoder(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x, layout)
         return self.norm(self.blocks[-1](x, layout, wanted))
+
+    def use_float8(self, impl: str = "auto") -> None:
+        """From now on the blocks' linear layers, which take nearly all of the work, multiply in float8: no gradient."""
+        for layer in self._linear_layers():
+            layer.float8 = impl
+
+    @contextmanager
+    def quantised(self) -> Iterator[None]:
+        """Rounds float8 layers' weights now, for all passes within, not in each; they must not change meanwhile.
+
+        Weights that FSDP2 shards are whole within a pass only, and are rounded there.
+        """
+        layers = [layer for layer in self._linear_layers() if layer.float8 and not isinstance(layer.weight, DTensor)]
+        for layer in layers:
+            layer.float8_weight = ops.quantise_rows(layer.rounded(self.dtype)[0])
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.float8_weight = None
+
+    def _linear_layers(self) -> list[Linear]:
+        return [module for module in self.blocks.modules() if isinstance(module, Linear)]
 
 
 class Predictor(nn.Module):

@@ -394,7 +394,7 @@ def test_resume_refuses_other_results(tmp_path: Path) -> None:
     assert "conflicts with --resume" in refusal(["--resume", str(run), "--run.dir", "other"])
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.97])
+@pytest.mark.parametrize("keep", [0.0, 0.35, 0.97])
 def test_resume_refuses_a_torn_configuration(keep: float, tmp_path: Path) -> None:
     run = a_run(tmp_path)
     path = run / "config.yaml"

@@ -9,6 +9,7 @@ One file per operation; nothing outside this package imports `cjepa_fast.kernels
 from cjepa_fast.ops._adamw_ema import adamw_ema
 from cjepa_fast.ops._attention import attention, require_attention
 from cjepa_fast.ops._choice import choose, require
+from cjepa_fast.ops._float8 import float8_linear, quantise_rows, require_float8
 from cjepa_fast.ops._linear import linear
 from cjepa_fast.ops._masks import mask_sampler, mask_workspace, sample_masks, sample_masks_on_gpu
 from cjepa_fast.ops._prediction_loss import prediction_loss
@@ -19,6 +20,7 @@ __all__ = [
     "adamw_ema",
     "attention",
     "choose",
+    "float8_linear",
     "linear",
     "mask_sampler",
     "mask_workspace",
@@ -26,8 +28,10 @@ __all__ = [
     "prediction_loss",
     "predictor_rows",
     "predictor_tokens",
+    "quantise_rows",
     "require",
     "require_attention",
+    "require_float8",
     "sample_masks",
     "sample_masks_on_gpu",
     "sequence_offsets",
