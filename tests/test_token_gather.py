@@ -672,6 +672,6 @@ def test_networks_pass_the_choice_on() -> None:
     with pytest.raises(UserError, match="unknown impl 'cuda' for patch_embed"):
         encoder(given["images"])
     for shared_start, operation in ((True, "predictor_rows"), (False, "predictor_tokens")):
-        predictor.shared_start = shared_start
+        predictor.shared_start, predictor.predictor_embed.kernels = shared_start, "auto"
         with pytest.raises(UserError, match=f"unknown impl 'cuda' for {operation}"):
             predictor(torch.zeros(2, 6, 32, device=DEVICE), given["indices"], given["indices"][:, None])

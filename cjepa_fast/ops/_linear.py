@@ -27,13 +27,15 @@ def linear(
         x: [..., K], any strides.
         weight, bias: [D, K] and [D], of x's dtype.
         gelu: the exact (erf) GELU of all that; within the product where no gradient needs what goes into it.
-        impl: "eager" is torch's; "auto" and "triton", which has no kernel for it, take oneDNN for fp32 on a CPU.
+        impl: "eager" is torch's; "auto" and "triton", which has no kernel for it, take oneDNN for fp32 on a CPU,
+            unless a compiler is at work.
 
     Returns [..., D].
 
     Raises UserError if impl is unknown.
     """
-    if choose_linear(impl, x.device.type, x.dtype) == "eager" or x.numel() == 0:
+    # inductor takes oneDNN's operation with weights that it packed itself, so what is compiled is torch's layer
+    if choose_linear(impl, x.device.type, x.dtype) == "eager" or x.numel() == 0 or torch.compiler.is_compiling():
         out = F.linear(x, weight, bias)
         return F.gelu(out) if gelu else out
     rows = x.reshape(-1, x.shape[-1])
