@@ -1,17 +1,19 @@
 """Everything that only a GPU can tell, in one command that fits a lease:  python -m bench.gpu --out DIR --minutes 9
 
-Sections: the machine, the tests that need a GPU, the operations against their rivals, the feed against its rivals, the
-compile report for this GPU.
+Sections: the machine, the tests that need a GPU, whole steps beside reference trainers, the operations against their
+rivals, the feed against its rivals, a short real training, the compile report for this GPU.
 Each is a process of its own with a share of the time; what one leaves over goes to those behind it. A section that
 fails or runs out of time is recorded and does not stop the rest. DIR is written as results come, as the machine may
 vanish:
 
     results.md     the report to read        results.json   the sections, and the attention table
     bench.jsonl    rows of bench.run         compile.jsonl  rows of bench.compile_report
-    data.jsonl     rows of bench.data        machine.txt    what nvidia-smi and pip say
-    log.txt        everything that was printed
+    data.jsonl     rows of bench.data        step.json      the record of bench.step
+    train.json     figures of a short run    log.txt        everything that was printed, nvidia-smi and pip first
 
-The feed needs DALI, and takes its images from $BENCH_IMAGENET and $BENCH_CIFAR or makes some.
+Eight files, which is what such a machine gives back.
+
+The feed and the training need DALI, and take their images from $BENCH_IMAGENET and $BENCH_CIFAR or make some.
 
 Runs from a plain checkout. Exit code 1 if a section failed or was not finished, 2 without a GPU.
 """
@@ -32,7 +34,7 @@ from typing import Any
 
 import torch
 
-from bench import data, run
+from bench import data, run, short_run, step_report
 from cjepa_fast.ops._attention import BACKENDS, TOKENS
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +56,19 @@ def sections(out: Path, rehearsal: bool) -> dict[str, tuple[float, list[str]]]:
     tests = [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     arch = "90" if rehearsal else "".join(map(str, torch.cuda.get_device_capability()))
     extra = ["--quick", "--rehearsal"] if rehearsal else []
+    step = (
+        ["--quick", "--rehearsal", "--no-gate", "--waterfall", "tiny"]
+        if rehearsal
+        else ["--waterfall", "S", "--startup", "L"]
+    )
     timed = [name for name in SHARES if name in run.operations()]
     timed += [name for name in run.operations() if name not in SHARES]
     return {
-        "machine": (2, [python, "-m", "bench.gpu", "--describe-machine", str(out / "machine.txt")]),
+        "machine": (2, [python, "-m", "bench.gpu", "--describe-machine"]),
         "tests": (8, [*tests, *run.parallel_tests()]),
+        "bench step": (20, [
+            python, "-m", "bench.step", "--seconds", "{seconds}", "--json", str(out / "step.json"), *step
+        ]),
         **{
             f"bench {name}": (SHARES.get(name, 4), [
                 python, "-m", "bench.run", name, "--seconds", "{seconds}", "--json", str(out / "bench.jsonl"), *extra
@@ -69,6 +79,9 @@ def sections(out: Path, rehearsal: bool) -> dict[str, tuple[float, list[str]]]:
         "bench data": (8, [
             python, "-m", "bench.data", "--seconds", "{seconds}", "--json", str(out / "data.jsonl"), "--compile", "off",
             "--rounds", "3", "--window", "0.5", *extra,
+        ]),
+        "training": (6, [
+            python, "-m", "bench.short_run", "--json", str(out / "train.json"), "--steps", "10" if rehearsal else "600"
         ]),
         "compile report": (5, [
             python, "-m", "bench.compile_report", "--arch", arch, "--json", str(out / "compile.jsonl")
@@ -91,17 +104,16 @@ def run_section(command: list[str], limit: float, log: Path) -> tuple[str, int |
     return ("ok" if code == 0 else "failed"), code
 
 
-def describe_machine(path: Path) -> int:
+def describe_machine() -> int:
     commands = (["nvidia-smi"], ["nvidia-smi", "-q"], ["nvcc", "--version"], ["lscpu"], ["uname", "-a"],
                 [sys.executable, "--version"], [sys.executable, "-m", "pip", "list"])  # fmt: skip
-    with path.open("w") as file:
-        for command in commands:
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-                said = done.stdout + done.stderr
-            except (OSError, subprocess.TimeoutExpired) as error:
-                said = f"{error}\n"
-            file.write(f"$ {shlex.join(command)}\n{said}\n")
+    for command in commands:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            said = done.stdout + done.stderr
+        except (OSError, subprocess.TimeoutExpired) as error:
+            said = f"{error}\n"
+        print(f"$ {shlex.join(command)}\n{said}")
     return 0
 
 
@@ -146,8 +158,13 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
         text.append(
             "\nFor MEASURED in cjepa_fast/ops/_attention.py:\n\n```python\n" + "\n".join(record["attention"]) + "\n```"
         )
-    _replace(out / "results.md", "\n".join(text) + "\n\n" + run.markdown(rows) + "\n"
-             + data.markdown(read_rows(out / "data.jsonl")))  # fmt: skip
+    parts = ["\n".join(text) + "\n"]
+    if (out / "step.json").exists():
+        parts.append(step_report.markdown(json.loads((out / "step.json").read_text())))
+    parts += [run.markdown(rows), data.markdown(read_rows(out / "data.jsonl"))]
+    if (out / "train.json").exists():
+        parts.append(short_run.markdown(json.loads((out / "train.json").read_text())))
+    _replace(out / "results.md", "\n".join(parts))
 
 
 def _replace(path: Path, text: str) -> None:
@@ -162,10 +179,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="everything ends within this [9]")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections alone, e.g. --only 'bench masks'")
     parser.add_argument("--cpu-rehearsal", action="store_true", help="run the whole flow on a CPU with small sizes")
-    parser.add_argument("--describe-machine", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--describe-machine", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.describe_machine is not None:
-        return describe_machine(arguments.describe_machine)
+    if arguments.describe_machine:
+        return describe_machine()
     if not arguments.cpu_rehearsal and not torch.cuda.is_available():
         print("error: no GPU is visible to torch; --cpu-rehearsal runs the flow without one", file=sys.stderr)
         return 2

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 
@@ -138,6 +138,22 @@ def shard(
     for start in range(0, len(blocks), unit):
         fully_shard(list(blocks[start : start + unit]), mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def forget_forwards(network: nn.Module) -> None:
+    """Clears FSDP2's notes of forward passes of a network that never runs backward, which would grow for ever.
+
+    FSDP2 notes every pass of every unit for the backward pass that is to come, and clears its notes there; without one
+    they take about 100 bytes a unit and step. What is not sharded has no notes.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            # torch 2.11 has one group a module, later releases a list
+            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            for group in filter(None, groups):
+                group._post_forward_indices.clear()
+                group.comm_ctx.post_forward_order.clear()
 
 
 def checkpoint_activations(block: nn.Module) -> None:

@@ -182,7 +182,7 @@ def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks],
     prediction, penalty = prediction.detach(), penalty.detach()
     return StepOutput(
         Terms(prediction + penalty, prediction, sim, std, cov), predictions.detach(),
-        torch.cat(targets) if masks[0].union is None else None,
+        (targets[0] if len(targets) == 1 else torch.cat(targets)) if masks[0].union is None else None,
     )  # fmt: skip
 
 

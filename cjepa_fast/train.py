@@ -218,6 +218,7 @@ def train(command: cli.Command, world: config.World) -> int:
         probe_now = probe is not None and (last or (c.run.probe_every > 0 and done % c.run.probe_every == 0))
         save_now = last or done % c.run.checkpoint_every == 0
         gc.collect(1)
+        distributed.forget_forwards(networks.target_encoder)
         # a checkpoint ends an interval, so that a resumed run writes the same lines
         sampler.verify()
         figures, (stop, new_bad) = meter.read(out, masks, flags=(interrupted.is_set, bad.ids != skipped))

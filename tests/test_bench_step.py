@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import step, step_check, step_report, step_worker, trainers
+from bench import short_run, step, step_check, step_report, step_worker, trainers
+from bench import table as bench_table
 from bench.references import Schedule, eager, tuned
-from cjepa_fast import config
+from cjepa_fast import config, ops
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -85,6 +86,19 @@ def test_a_trainer_that_cheats_is_seen(
     found = step_check.differences(CPU, mask_modes=("fixed",))
     assert any(line.startswith("eager fixed: ") for line in found)
     assert any(re.search(seen, line) for line in found), found
+
+
+@pytest.mark.parametrize("name", ["eager", "tuned"])
+def test_references_use_no_operation_of_ours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError("an operation of ours")
+
+    c = trainers.configure("tiny", "fixed", "fp32")
+    trainer = trainers.build(trainers.Spec.parse(name), c, CPU)
+    batch = trainer.batch(*trainers.sample(c, 4, 1)[0])
+    for operation in ops.__all__:
+        monkeypatch.setattr(ops, operation, refuse)
+    trainer.step(batch)
 
 
 def test_a_checkout_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +226,30 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_short_run_is_a_real_one(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the main job, whose own records it hands on."""
+    monkeypatch.setenv("CJEPA_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "train.json"
+    assert short_run.main(["--json", str(path), "--steps", "2"]) == 0
+    record = json.loads(path.read_text())
+    assert record["steps"] == len(record["metrics"]) == 2 and record["status"] == "completed"
+    assert record["first_loss"] == record["metrics"][0]["loss"] and 0 < record["knn_trained"] <= 1
+    path.unlink()
+    assert short_run.main(["--json", str(path), "--data", str(images)]) == 2, "8 images are no batch"
+    assert "error: " in capsys.readouterr().err and not path.exists()
+
+
+def test_a_short_run_is_summed_up() -> None:
+    line = {"loss": 2.0, "images_per_s": 1.0, "data_wait_ms": 900.0, "feature_std": 0.5, "step": 1}
+    later = {**line, "loss": 1.0, "images_per_s": 100.0, "data_wait_ms": 10.0, "step": 2}
+    found = short_run.summary([line, later], {"status": "completed", "untrained": 0.1, "knn_top1": 0.2}, 50)
+    assert found["share_waited"] == pytest.approx(0.02) and found["images_per_s"] == 100.0
+    assert (found["first_loss"], found["last_loss"], found["knn_trained"]) == (2.0, 1.0, 0.2)
+    assert "0.02" in short_run.markdown({**found, "metrics": [], "environment": {}})
+
+
 def test_the_published_collator_masks_what_the_paper_says() -> None:
     """Context and targets are disjoint, of one length each, and the mean context is that of the faithful sampler."""
     lengths = []
@@ -234,3 +272,36 @@ def test_padding_of_packed_contexts_keeps_every_patch() -> None:
     assert packed.valid is not None and masks.offsets is not None
     assert torch.equal(packed.context[packed.valid], masks.context[: int(masks.offsets[-1])].long())
     assert torch.equal(packed.valid.sum(1), masks.offsets.diff().long())
+
+
+def test_the_readme_shows_what_the_results_say(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert readme == bench_table.replaced(readme, bench_table.table(ROOT / "bench/results")), (
+        "run python -m bench.table"
+    )
+    environment = {"gpu": "H", "cpu": "C", "threads": 2, "torch": "2", "commit": "c"}
+    row = {"model": "L", "masks": "packed", "rival": "ours", "status": "ok", "images_s": 1234.0, "mfu": 0.58}
+    row["speedup"] = {"eager": 3.21, "tuned": 1.2}
+    record = {"environment": environment, "precision": "bf16", "batch": 128, "rows": [row]}
+    (tmp_path / "step-h.json").write_text(json.dumps(record))
+    feeds = [
+        {
+            "case": "x",
+            "variant": variant,
+            "role": role,
+            "status": "ok",
+            "images_per_cpu_s": rate,
+            "commit": "d",
+            "gpu": None,
+        }
+        for variant, role, rate in (
+            ("ours", "ours", 50.0),
+            ("ours, tar shards", "ours", 60.0),
+            ("a", "rival", 40.0),
+            ("b", "rival", 30.0),
+        )
+    ]
+    (tmp_path / "data-h.jsonl").write_text("".join(json.dumps(feed) + "\n" for feed in feeds))
+    text = bench_table.table(tmp_path)
+    assert "| L, packed | 1,234 | 3.21 | 1.20 | 58% |" in text
+    assert "| x | 50 (1.25x) | 60 (1.50x) | a: 40 |" in text and "Not yet" not in text

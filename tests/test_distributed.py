@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from cjepa_fast import checkpoint, distributed
@@ -195,3 +197,27 @@ def test_checkpoints_fit_any_layout(results: dict[str, Any], saver: str, loader:
         assert loaded.keys() == saved.keys()
         for name, tensor in saved.items():
             assert torch.equal(loaded[name], tensor), name
+
+
+def test_a_network_without_backward_pass_leaves_no_notes(tmp_path: Path) -> None:
+    """FSDP2 notes every forward pass for a backward pass that the target encoder never has."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        encoder = networks().target_encoder
+        distributed.shard(encoder, list(encoder.blocks), init_device_mesh("cpu", (1,)), unit=1, reshard=True,
+                          dtype=torch.float32)  # fmt: skip
+        images, _ = batch(0)
+        targets = [target_embeddings(encoder, images) for _ in range(3)]
+
+        def notes() -> int:
+            return sum(
+                type(thing).__name__ == "FSDPParamGroup" and len(thing._post_forward_indices)
+                for thing in gc.get_objects()
+            )
+
+        assert notes() >= 3 * len(encoder.blocks), "no notes: this torch needs no help"
+        distributed.forget_forwards(encoder)
+        assert notes() == 0
+        assert torch.equal(target_embeddings(encoder, images), targets[0])
+    finally:
+        dist.destroy_process_group()

@@ -18,7 +18,14 @@ from bench.references.eager import one_pass
 from cjepa_fast import optim
 from cjepa_fast.config import Config
 from cjepa_fast.masks import Masks
-from cjepa_fast.vit import LayerNorm, Linear, VitShape, encoder_shape, sincos_positions, take_rows
+from cjepa_fast.vit import LayerNorm, VitShape, encoder_shape, sincos_positions, take_rows
+
+
+class Linear(nn.Linear):
+    """torch's own, over weights cast where they are used."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 class Attention(nn.Module):

@@ -1,0 +1,91 @@
+"""A short real training by the main job, for its figures:  python -m bench.short_run --json FILE
+
+Trains `cifar10_tiny` on the images at --data or $BENCH_CIFAR, or the demo on the images that it makes, for --steps
+steps with a temporary run directory. FILE gets what the run's own records say: every line of metrics, the 20-NN probe
+of the untrained and of the trained encoder, and the exit code, which is also that of this command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench import run
+from cjepa_fast import cli, config, train
+from cjepa_fast.errors import UserError
+from cjepa_fast.presets import PRESETS
+
+
+def configure(root: str | None, steps: int, directory: Path) -> config.Config:
+    changes: dict[str, Any] = {
+        "optim.steps": steps,
+        "optim.warmup_epochs": 0.2 if steps >= 100 else 0.0,
+        "run.dir": directory,
+    }
+    if root is not None:
+        changes["data.root"] = (root,)
+    return config.replace(
+        PRESETS["cifar10_tiny" if root else "demo"], {**changes, "run.log_every": max(1, steps // 20)}
+    )
+
+
+def summary(lines: list[dict[str, Any]], state: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Figures of a run from its metrics and its state; rates leave out the first line, in which things are compiled."""
+    steady = lines[1:] or lines
+    rate = statistics.median(line["images_per_s"] for line in steady)
+    return {
+        "status": state["status"], "steps": lines[-1]["step"], "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"], "images_per_s": rate,
+        "share_waited": statistics.median(line["data_wait_ms"] for line in steady) * rate / batch_size / 1e3,
+        "feature_std": lines[-1]["feature_std"], "knn_untrained": state.get("untrained"),
+        "knn_trained": state.get("knn_top1"),
+    }  # fmt: skip
+
+
+def markdown(record: dict[str, Any]) -> str:
+    shown = {key: value for key, value in record.items() if key not in ("environment", "metrics")}
+    cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown.values()]
+    rows = (shown, ["---"] * len(shown), cells)
+    return "A short training:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=os.environ.get("BENCH_CIFAR"), help="a data.root of small images [made]")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="short-run-") as work:
+        directory = Path(work) / "run"
+        try:
+            c = configure(arguments.data, arguments.steps, directory)
+            code = train.train(cli.Command(config=c, check=False, resume=None), config.read_world(os.environ))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        finally:
+            gc.enable()
+            gc.unfreeze()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+        figures = summary(lines, json.loads((directory / "run_state.json").read_text()), c.optim.batch_size)
+    environment = run.environment("cuda" if torch.cuda.is_available() else "cpu")
+    record = {"environment": environment, "data": arguments.data or "demo", "exit_code": code, **figures}
+    arguments.json.write_text(json.dumps({**record, "metrics": lines}, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The README's table of speeds, made from bench/results:  python -m bench.table [--check]
+
+Every record of bench.step (step-*.json) and every row of bench.data (data-*.jsonl) there, between the README's marks.
+`--check` changes nothing and exits with 1 if the table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- made by python -m bench.table -->\n", "<!-- end -->\n"
+Row = dict[str, Any]
+
+
+def table(results: Path) -> str:
+    """The text between the marks."""
+    records = [json.loads(path.read_text()) for path in sorted(results.glob("step-*.json"))]
+    rows = [json.loads(line) for path in sorted(results.glob("data-*.jsonl")) for line in path.read_text().splitlines()]
+    parts = [*map(steps, records), feeds([row for row in rows if row["status"] == "ok" and "images_per_cpu_s" in row])]
+    if not any(row["gpu"] for row in (*rows, *(record["environment"] for record in records))):
+        parts.append("Not yet run on a GPU.\n")
+    return "\n".join(parts)
+
+
+def steps(record: Row) -> str:
+    where = record["environment"]
+    device = where["gpu"] or f"{where['cpu']} CPU, {where['threads']} threads"
+    models = " ".join(dict.fromkeys(row["model"] for row in record["rows"]))
+    lines = [
+        f"A training step, {device}, {record['precision']}, batch {record['batch']}, torch {where['torch']}, commit "
+        f"{where['commit']} (`python -m bench.step --models {models} --batch {record['batch']}`):",
+        "",
+        "| ViT | ours, images/s | x `eager` | x `tuned` | of the best matrix product's rate |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for row in record["rows"]:
+        if row["rival"] == "ours" and row["status"] == "ok":
+            faster = " | ".join(f"{row['speedup'][base]:.2f}" for base in ("eager", "tuned"))
+            model = row["model"] if row["masks"] == "fixed" else f"{row['model']}, packed"
+            lines.append(f"| {model} | {row['images_s']:,.4g} | {faster} | {row['mfu']:.0%} |")
+    return "\n".join(lines) + "\n"
+
+
+def feeds(rows: list[Row]) -> str:
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    lines = [
+        f"The feed, images/s per core, commit {commits} (`python -m bench.data`):",
+        "",
+        "| images | ours from files | ours from shards | best rival |",
+        "| --- | --: | --: | --- |",
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        here = [row for row in rows if row["case"] == case]
+        ours = {"shards" in row["variant"]: row["images_per_cpu_s"] for row in here if row["role"] == "ours"}
+        best = max((row for row in here if row["role"] == "rival"), key=lambda row: row["images_per_cpu_s"])
+        cells = " | ".join(f"{ours[key]:,.0f} ({ours[key] / best['images_per_cpu_s']:.2f}x)" for key in (False, True))
+        lines.append(f"| {case} | {cells} | {best['variant']}: {best['images_per_cpu_s']:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def replaced(readme: str, text: str) -> str:
+    before, _, rest = readme.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"README.md lacks the marks {BEGIN.strip()} and {END.strip()}")
+    return before + BEGIN + text + END + after
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args(argv)
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = replaced(old, table(ROOT / "bench/results"))
+    if arguments.check:
+        if new != old:
+            print("README.md: the table of speeds is not what bench/results says: run python -m bench.table")
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
