@@ -8,7 +8,6 @@ of the untrained and of the trained encoder, and the exit code, which is also th
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from bench import run
 from cjepa_fast import cli, config, train
@@ -74,10 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         finally:
-            gc.enable()
-            gc.unfreeze()
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            train.clean_up()
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         figures = summary(lines, json.loads((directory / "run_state.json").read_text()), c.optim.batch_size)
     environment = run.environment("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,9 +20,8 @@ from cjepa_fast.masks import Masks
 from cjepa_fast.optim import AdamW, fuses
 from cjepa_fast.step import StepOutput
 
-WARM_UPS = (
-    2  # steps of a shape before its capture: they compile, tune and allocate what lasts, none of which a graph can
-)
+# steps of a shape before its capture: they compile, tune and allocate what lasts, none of which a graph can
+WARM_UPS = 2
 MOST = 32  # graphs: each keeps its outputs' memory, the predictions above all
 
 log = logging.getLogger(__name__)

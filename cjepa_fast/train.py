@@ -51,10 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
-        gc.enable()
-        gc.unfreeze()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        clean_up()
+
+
+def clean_up() -> None:
+    """Undoes what `train` does to its process: garbage collection held back, a process group."""
+    gc.enable()
+    gc.unfreeze()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def train(command: cli.Command, world: config.World) -> int:

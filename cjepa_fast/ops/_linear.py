@@ -21,7 +21,8 @@ def linear(
     """x weight^T + bias, as torch.nn.functional.linear; differentiable once.
 
     torch takes fp32 products on a CPU to MKL. oneDNN, which torch ships as well, was faster for y and the gradient of x
-    wherever that was measured (docs/log.md), MKL for the gradient of the weight, which stays with it.
+    in all but products of a tenth of a millisecond (docs/log.md), MKL for the gradient of the weight, which stays with
+    it.
 
     Args:
         x: [..., K], any strides.
