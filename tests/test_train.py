@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import io
 import json
@@ -24,7 +25,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cjepa_fast import checkpoint
-from cjepa_fast.train import InterruptFlag, main
+from cjepa_fast.train import InterruptFlag, cleaning_up, main
 from cjepa_fast.views import epoch_order
 
 STEPS = 12
@@ -306,6 +307,19 @@ def test_a_second_request_to_stop_ends_at_once(monkeypatch: pytest.MonkeyPatch) 
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_after_an_error_no_group_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    destroyed: list[bool] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: destroyed.append(True))
+    with pytest.raises(RuntimeError, match="out of memory"), cleaning_up():
+        gc.disable()
+        raise RuntimeError("out of memory")
+    assert not destroyed and gc.isenabled()
+    with cleaning_up():
+        gc.disable()
+    assert destroyed == [True] and gc.isenabled()
 
 
 def as_tar(images: Path, folder: Path) -> Path:
