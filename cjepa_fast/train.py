@@ -390,8 +390,8 @@ def compile_blocks(networks: Networks, wanted: str, device: torch.device, *, sta
     """
     if wanted == "off" or (wanted == "auto" and device.type == "cpu"):
         return "not compiled" + (" (auto: on a CPU compiling outlasts small runs)" if wanted == "auto" else "")
-    # the block sizes' shapes, times encoder, target encoder and predictor
-    torch._dynamo.config.recompile_limit = 64
+    # beyond these, dynamo would leave further shapes uncompiled; packed masks of 28 x 28 patches make 237 of them
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     for blocks in (networks.encoder.blocks, networks.predictor.predictor_blocks, networks.target_encoder.blocks):
         for block in blocks:
             block.compile(dynamic=False if static else None)
