@@ -59,7 +59,8 @@ def attention(
         query_offsets, max_query_length: the same of packed queries.
         target_blocks: see above; not with `query`.
         impl: "auto"; "triton" (d in 24, 32, 64, 80, 88, 128; at most 1024 keys; fp32, bf16, fp16; deterministic);
-            "eager" (materialised softmax in plain torch, packed sequences padded to max_length; everything);
+            "eager" (materialised softmax in plain torch, packed sequences padded to max_length, on a CPU to the longest
+            there is; everything);
             "sdpa" (torch.nn.functional.scaled_dot_product_attention, kernel chosen by torch), "sdpa_cudnn",
             "sdpa_flash", "sdpa_efficient" (one of its kernels; no packed sequences); "xformers"
             (memory_efficient_attention, reads offsets on the host); "varlen" (torch.nn.attention.varlen). "auto" on
@@ -314,21 +315,25 @@ def _padded(
 ) -> Tensor:
     """Packed sequences by plain torch: pad to the longest, mask, undo; nothing waits for the device."""
 
-    def places(side: _Side, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows [B, K] of each sequence, with one row too far for the padding, and the lengths [B, 1]."""
-        starts, longest = side.starts(rows)
-        position, lengths = torch.arange(longest, device=rows.device), starts.diff()[:, None]
-        return torch.where(position < lengths, starts[:-1, None] + position, side.flat(rows).shape[0]), lengths
+    def places(side: _Side, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [B, K] of each sequence, with one row too far for the padding; [B, 1] lengths, and which are too long."""
+        starts, limit = side.starts(rows)
+        lengths, longest = starts.diff()[:, None], limit
+        if rows.device.type == "cpu" and len(lengths) and not torch.compiler.is_compiling():
+            longest = min(limit, max(1, int(lengths.max())))  # the host knows it, and work grows with its square
+        position = torch.arange(longest, device=rows.device)
+        within = torch.where(position < lengths, starts[:-1, None] + position, side.flat(rows).shape[0])
+        return within, lengths, lengths > limit
 
-    q_rows, q_lengths = places(queries, q)
-    k_rows, k_lengths = places(keys, k)
+    q_rows, _, q_wrong = places(queries, q)
+    k_rows, k_lengths, k_wrong = places(keys, k)
 
     def pad(rows: Tensor, side: _Side, places: Tensor) -> Tensor:
         return F.pad(side.flat(rows), (0, 0, 0, 0, 0, 1))[places].transpose(1, 2)
 
     position = torch.arange(k_rows.shape[1], device=k.device)
     mask = (position < k_lengths)[:, None]  # [B, 1, K]
-    wrong = (q_lengths > q_rows.shape[1]) | (k_lengths > k_rows.shape[1])
+    wrong = q_wrong | k_wrong
     if target_blocks is not None:
         blocks, block_length = target_blocks
         context = k_lengths - blocks * block_length
