@@ -379,16 +379,23 @@ def main(argv: list[str] | None = None) -> int:
         wrong_names = {line.partition(" ")[0].partition(":")[0] for line in wrong}
         names = [name for name in names if name.partition(":")[0] not in wrong_names]
         good = False
-    ceilings = timing.ceilings(device, run.DTYPES[precision], arguments.quick)
-    if device == "cuda":
-        torch.cuda.empty_cache()
     record: Row = {
         "environment": run.environment(device), "device": device, "precision": precision, "batch": batch,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "quick": arguments.quick,
         "gated": not arguments.no_gate, "rehearsal": arguments.rehearsal,
-        "ceiling_tflop_s": ceilings.matmul_tflop_s, "rows": [], "waterfall": [], "startup": [], "feed": [],
+        "ceiling_tflop_s": 0.0, "rows": [], "waterfall": [], "startup": [], "feed": [],
         "not_run": [],
     }  # fmt: skip
+
+    def measure_ceiling() -> None:
+        """The best product of the whole run counts: on a shared machine one look may meet a neighbour at work."""
+        found = timing.ceilings(device, run.DTYPES[precision], arguments.quick).matmul_tflop_s
+        record["ceiling_tflop_s"] = max(record["ceiling_tflop_s"], found)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        for row in record["rows"]:
+            if "tflop_s" in row:
+                row["mfu"] = row["tflop_s"] / record["ceiling_tflop_s"]
 
     def save() -> None:
         if arguments.json is not None:
@@ -410,13 +417,14 @@ def main(argv: list[str] | None = None) -> int:
     jobs += [("feed", model, "fixed") for model in arguments.models[:1] if root is not None]
     jobs += [("startup", model, arguments.masks[0]) for model in arguments.startup]
     print("\n".join(step_report.step_table([])))
+    measure_ceiling()
     for job, model, masks in jobs:
         if time.monotonic() > deadline:
             record["not_run"].append(f"{job} {model} {masks}")
             continue
         with Team(device, precision, batch, model, masks, rounds) as team:
             if job == "steps":
-                good &= time_model(team, names, batch, ceilings.matmul_tflop_s, publish)
+                good &= time_model(team, names, batch, record["ceiling_tflop_s"], publish)
             elif job == "waterfall":
                 record["waterfall"].append(climb(team))
                 print("\n".join(step_report.waterfall_table(record["waterfall"][-1])), flush=True)
@@ -434,6 +442,8 @@ def main(argv: list[str] | None = None) -> int:
                 wanted = [name for name in names if role(name) != "yardstick"]
                 record["startup"] += start_up(team, wanted)
                 print("\n".join(step_report.startup_table(record["startup"])), flush=True)
+        if job == "steps":
+            measure_ceiling()
         save()
     if record["not_run"]:
         print(f"not run, out of time: {', '.join(record['not_run'])}", file=sys.stderr)
