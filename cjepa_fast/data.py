@@ -148,7 +148,9 @@ class Batches:
         _dali()  # missing, it is told now
         known = bad or BadImages(source)
         cropped = views if independent_crops else 1  # views with a window of their own
-        resize = _Resize(image_size, device, threads)
+
+        def resize(images: Any) -> Any:
+            return _resized(images, image_size, device, threads)
 
         # DALI's graph holds what its Python functions refer to: not this object, or neither would ever go
         def graph(files: Any, given: dict[str, Any]) -> Any:
@@ -183,7 +185,7 @@ class Batches:
         none = np.arange(0)
         options = _Options(
             graph=graph, inputs=tuple(draw(none, source.sizes[none], seed=seed, epoch=0, repeats=none)),
-            batch_size=per_rank, device=device, threads=threads, prefetch=prefetch, close=resize.close,
+            batch_size=per_rank, device=device, threads=threads, prefetch=prefetch,
         )  # fmt: skip
         self._views = views
         self._decoded = _decode(source, plan, options, first=first_step, bad=known)
@@ -281,7 +283,7 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """How a pipeline is built; `graph(files, inputs by name)` makes the images of encoded bytes, `close` follows it."""
+    """How a pipeline is built; `graph(files, inputs by name)` makes the images of encoded bytes."""
 
     graph: Callable[[Any, dict[str, Any]], Any]
     inputs: tuple[str, ...]
@@ -289,7 +291,6 @@ class _Options:
     device: str
     threads: int
     prefetch: int
-    close: Callable[[], None] = lambda: None
 
 
 class _Failed(Exception):
@@ -317,54 +318,26 @@ def _decoder_options(device: str, hw_decoder_load: float = 0.65) -> dict[str, An
     return {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
 
 
-class _Resize:
-    """Resizes uint8 HWC images in a pipeline to squares: bilinear with antialias, as Pillow and torchvision do it.
+def _resized(images: Any, size: int, device: str, threads: int) -> Any:
+    """uint8 HWC images of DALI's graph as squares: bilinear with antialias, as Pillow and torchvision do it.
 
-    On a GPU it is DALI's triangular filter. On a CPU that filter takes longer than decoding (2.0 of 3.4 ms for an
-    ImageNet crop), so there torch's integer kernel, a quarter of it, runs within DALI's graph, in `threads` threads.
-    Below 64 pixels a call of torch for each image costs more than it saves.
+    On a GPU it is DALI's triangular filter. On a CPU that filter takes as long as decoding (13 us for a CIFAR image, 2.0
+    of 3.4 ms for an ImageNet crop), so there our own runs within DALI's graph, in `threads` threads.
     """
+    fn, types = _dali()
+    if device != "cpu":
+        return fn.resize(images, size=[size, size], interp_type=types.INTERP_TRIANGULAR)
 
-    def __init__(self, size: int, device: str, threads: int) -> None:
-        self._size, self._threads = size, threads
-        self._by_torch = device == "cpu" and size >= 64
-        self._pool: ThreadPoolExecutor | None = None
+    def resize(images: list[np.ndarray]) -> list[np.ndarray]:
+        from cjepa_fast.ops import resize_images
 
-    def __call__(self, images: Any) -> Any:
-        """The node of DALI's graph behind `images`."""
-        fn, types = _dali()
-        if not self._by_torch:
-            return fn.resize(images, size=[self._size, self._size], interp_type=types.INTERP_TRIANGULAR)
-        self._pool = self._pool or ThreadPoolExecutor(self._threads, thread_name_prefix="resize images")
-        return fn.python_function(images, function=self._batch, batch_processing=True, output_layouts="HWC")
+        return list(resize_images(images, size, threads))
 
-    def _batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        assert self._pool is not None
-        parts = self._pool.map(self._part, (images[k :: self._threads] for k in range(self._threads)))
-        done: list[Any] = [None] * len(images)
-        for k, part in enumerate(parts):
-            done[k :: self._threads] = part
-        return done
-
-    def _part(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        import torch
-        from torch.nn.functional import interpolate
-
-        square = (self._size, self._size)
-        # [1, 3, H, W] with channels last, for which there is a fast path whose result lies the same way
-        views = (torch.from_numpy(image)[None].permute(0, 3, 1, 2) for image in images)
-        resized = (interpolate(view, size=square, mode="bilinear", antialias=True) for view in views)
-        return [image.permute(0, 2, 3, 1)[0].numpy() for image in resized]
-
-    def close(self) -> None:
-        """Ends the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+    return fn.python_function(images, function=resize, batch_processing=True, output_layouts="HWC")
 
 
 def _cropped(
-    files: Any, given: dict[str, Any], crops: int, resize: _Resize, device: str, hw_decoder_load: float
+    files: Any, given: dict[str, Any], crops: int, resize: Callable[[Any], Any], device: str, hw_decoder_load: float
 ) -> list[Any]:
     """Windows "anchor v", "shape v" of encoded images, resized to squares and flipped by "flip v": uint8 HWC."""
     fn, _ = _dali()
@@ -484,8 +457,7 @@ def _stream(
             yield request, torch.from_dlpack(images.as_tensor())
     finally:
         feed.close()
-        pipeline = None  # ends DALI's threads, which may be in the graph's functions
-        options.close()
+        pipeline = None  # ends DALI's threads
 
 
 class _Feed:
