@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -321,8 +321,8 @@ def _decoder_options(device: str, hw_decoder_load: float = 0.65) -> dict[str, An
 def _resized(images: Any, size: int, device: str, threads: int) -> Any:
     """uint8 HWC images of DALI's graph as squares: bilinear with antialias, as Pillow and torchvision do it.
 
-    On a GPU it is DALI's triangular filter. On a CPU that filter takes as long as decoding (13 us for a CIFAR image, 2.0
-    of 3.4 ms for an ImageNet crop), so there our own runs within DALI's graph, in `threads` threads.
+    On a GPU it is DALI's triangular filter. On a CPU that filter takes about as long as decoding (13 us for a CIFAR
+    image, 2.0 of 3.4 ms for an ImageNet crop), so there our own runs within DALI's graph, in `threads` threads.
     """
     fn, types = _dali()
     if device != "cpu":

@@ -116,7 +116,7 @@ def test_every_kind_of_source_shows_the_same(source: Mixture, tmp_path: Path, ki
 # --- pixels
 
 
-@pytest.mark.parametrize("size", [24, 64])  # resized by DALI and, from 64 pixels, by torch
+@pytest.mark.parametrize("size", [24, 64])  # some grow, some shrink
 def test_batches_agree_with_pillow(source: Mixture, size: int):
     seen = 0
     for batch in batches(source, first_step=2, last_step=5, image_size=size, threads=3):
