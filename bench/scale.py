@@ -34,7 +34,6 @@ Row = dict[str, Any]
 MODELS = {**trainers.MODELS, "g": ("ijepa_vit_giant16_in22k", {"loss.vicreg_weight": 0.001})}
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 COMPUTE_BOUND = 0.05  # of a step may be exposed communication before that is called the bottleneck
-KINDS = {"all-gather": "gather", "reduce-scatter": "gradient reduction", "all-reduce": "gradient reduction"}
 
 ASSUMPTIONS = (
     "Forward: a unit's weights are gathered while the unit before it computes (FSDP2 is one unit ahead); those of a "

@@ -67,12 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         directory = Path(work) / "run"
         try:
             c = configure(arguments.data, arguments.steps, directory)
-            code = train.train(cli.Command(config=c, check=False, resume=None), config.read_world(os.environ))
+            with train.cleaning_up():
+                code = train.train(cli.Command(config=c, check=False, resume=None), config.read_world(os.environ))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        finally:
-            train.clean_up()
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         figures = summary(lines, json.loads((directory / "run_state.json").read_text()), c.optim.batch_size)
     environment = run.environment("cuda" if torch.cuda.is_available() else "cpu")

@@ -55,22 +55,28 @@ def save(folder: Path, step: int, state: dict[str, Tensor], *, keep: int, extra:
     """
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + ".partial")
-    failure = ""
+    refusal, failure = f"{final}: checkpoint not written; free space or permissions?", ""
     try:
         if _rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        _barrier()
+    except OSError as error:
+        failure = _in_a_line(error)
+    if _any_rank(bool(failure)):  # told before DCP, within which the other ranks would wait for this one
+        raise UserError(f"{refusal} {failure}")
+    try:
         _dcp(dcp.save, state, partial)
         if _rank() == 0:
             _commit(partial, final, step, extra)
     except (OSError, CheckpointException) as error:  # CheckpointException is no Exception: `except Exception` misses it
-        failure = " ".join(str(error).split())[-300:]
+        failure = _in_a_line(error)
     if _any_rank(bool(failure)):
-        raise UserError(f"{final}: checkpoint not written; free space or permissions? {failure}")
-    if _rank() == 0:
-        for old in _steps(folder)[:-keep]:
+        raise UserError(f"{refusal} {failure}")
+    for old in _steps(folder)[:-keep] if _rank() == 0 else ():
+        try:
             shutil.rmtree(old)
+        except OSError as error:
+            logger.warning("old checkpoint %s cannot be removed: %s", old, _in_a_line(error))
     return final
 
 
@@ -95,11 +101,14 @@ def load(folder: Path, state: dict[str, Tensor]) -> tuple[int, dict[str, Any]]:
         try:
             _dcp(dcp.load, state, candidate)
         except (CheckpointException, RuntimeError, ValueError, KeyError) as error:
-            detail = " ".join(str(error).split())[-300:]
-            raise UserError(f"{candidate}: does not fit this run's networks: {detail}") from None
+            raise UserError(f"{candidate}: does not fit this run's networks: {_in_a_line(error)}") from None
         manifest = json.loads((candidate / MANIFEST).read_text())
         return manifest["step"], manifest["extra"]
     raise UserError(f"{folder}: none of the {len(candidates)} checkpoints is intact; start a new run")
+
+
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[-300:]
 
 
 def _dcp(call: Callable[..., Any], state: dict[str, Tensor], folder: Path) -> None:
@@ -132,23 +141,33 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.suffix != ".partial"]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Whole checkpoints, oldest first; copies under other names and `.partial` ones are none."""
+    found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdecimal()}
+    return [found[step] for step in sorted(found)]
 
 
 def _fault(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, or nothing."""
+    """What is wrong with a checkpoint's files, or nothing; the same on all ranks, each of which reads its share."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        own = list(files.items())[_rank() :: world_size()]
+        found = next(filter(None, (_file_fault(checkpoint / name, crc) for name, crc in own)), "")
     except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST}: {error}"
-    for name, crc in files.items():
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        if _crc32(checkpoint / name) != crc:
-            return f"{name} is damaged (its CRC-32 differs from the manifest's)"
-    return ""
+        found = f"{MANIFEST}: {error}"
+    if not dist.is_initialized():
+        return found
+    faults = [""] * world_size()
+    dist.all_gather_object(faults, found)
+    return next(filter(None, faults), "")
+
+
+def _file_fault(path: Path, crc: int) -> str:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    try:
+        return "" if _crc32(path) == crc else f"{path.name} is damaged (its CRC-32 differs from the manifest's)"
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
 
 
 def _crc32(path: Path) -> int:
@@ -161,11 +180,6 @@ def _crc32(path: Path) -> int:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _any_rank(flag: bool) -> bool:

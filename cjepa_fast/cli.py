@@ -238,7 +238,7 @@ def _error(path: Path, node: yaml.Node, message: str) -> UserError:
 
 
 @functools.cache
-def _flagannotations() -> dict[str, Any]:
+def _flag_annotations() -> dict[str, Any]:
     """The annotation behind every flag, dashes left out: `{"model.encoder": str, ..., "check": bool}`."""
     found = key_types() | {name: get_type_hints(_Flags)[name] for name in _Flags.__annotations__}
     return {name.replace("_", "-"): annotation for name, annotation in found.items()}
@@ -276,7 +276,7 @@ def _join_lists(argv: Sequence[str]) -> list[str]:
     for argument in argv:
         flag, equals, value = argument[2:].partition("=")
         flag = flag.replace("_", "-")
-        if argument.startswith("--") and get_args(_flagannotations().get(flag))[1:] == (...,):
+        if argument.startswith("--") and get_args(_flag_annotations().get(flag))[1:] == (...,):
             into = lists[flag] = lists.get(flag, []) if flag == "config" else []
             into += [value] if equals else []
         else:
@@ -284,13 +284,13 @@ def _join_lists(argv: Sequence[str]) -> list[str]:
             into.append(argument)
     for flag, values in lists.items():
         if not values:
-            raise UserError(f"--{flag}: expected {_describe(_flagannotations()[flag])}, got nothing")
+            raise UserError(f"--{flag}: expected {_describe(_flag_annotations()[flag])}, got nothing")
     return [*rest, *(argument for flag, values in lists.items() for argument in (f"--{flag}", *values))]
 
 
 def _check_flag_names(argv: Sequence[str]) -> None:
-    known = [*_flagannotations(), "help"]
-    negations = {_negated(flag) for flag, annotation in _flagannotations().items() if annotation is bool}
+    known = [*_flag_annotations(), "help"]
+    negations = {_negated(flag) for flag, annotation in _flag_annotations().items() if annotation is bool}
     for flag, _ in _flag_groups(argv):
         if flag not in known and flag not in negations:
             raise UserError(f"unknown flag --{flag}{did_you_mean(flag, known, '--{}')}")
@@ -298,10 +298,10 @@ def _check_flag_names(argv: Sequence[str]) -> None:
 
 def _check_flag_values(argv: Sequence[str]) -> None:
     for flag, values in _flag_groups(argv):
-        annotation = _flagannotations().get(flag, bool)
+        annotation = _flag_annotations().get(flag, bool)
         if annotation is bool:
             if values:
-                remedy = f"write --{flag} or --{_negated(flag)}" if flag in _flagannotations() else "leave it out"
+                remedy = f"write --{flag} or --{_negated(flag)}" if flag in _flag_annotations() else "leave it out"
                 raise UserError(f"--{flag}: takes no value, got {values[0]!r}; {remedy}")
             continue
         try:

@@ -13,12 +13,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from cjepa_fast.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 Range = tuple[float, float]
 RGB = tuple[float, float, float]

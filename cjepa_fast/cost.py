@@ -100,11 +100,10 @@ def parameters(config: Config) -> Parameters:
     model = config.model
     encoder, predictor = _shapes(config)
     width, narrow = encoder.width, predictor.width
-    embed = 3 * model.patch_size**2 * width + width
     layers = _projector_layers(config)
     batch_norms = sum(2 * columns for _, columns in layers[:-1])
     return Parameters(
-        encoder=embed + _blocks_parameters(encoder) + 2 * width,
+        encoder=_embedding_parameters(config) + _blocks_parameters(encoder) + 2 * width,
         predictor=(width * narrow + narrow)  # embedding
         + narrow  # mask token
         + _blocks_parameters(predictor)
@@ -127,14 +126,18 @@ def memory_bytes(
         images that wait, as bytes.
     gradients: fp32, over S.
     copies: weights as they are multiplied, in `model.precision`. ZeRO-2 keeps all that is trained, ZeRO-3 (`reshard`)
-        two units; beside them stand what gathering and reducing a unit pass through. A lone process keeps its casts
-        of fp32 weights for the backward pass, unless they are made again (`checkpoint`).
+        two units; beside them stand what gathering and reducing a unit pass through. A lone process has 16-bit copies
+        of all weights (`runtime.weight_copies`), or keeps its casts of those that are trained for the backward pass,
+        unless they are made again (`checkpoint`).
     target, context, predictor: what stays of each phase until the backward pass. A block keeps its input, that of
         its second half, both norms' outputs, q, k, v, the attention's output, and the MLP's hidden values before and
         after GELU: (8 + 2 mlp_ratio) D values a token, compiled or not, for attention that does not store its matrix;
         with `checkpoint` its input alone. The predictor's first and last block spare what the runtime lets them. Of the
         target encoder its output stays, of all rows in the worst case.
     working: what the block at work holds beyond that.
+
+    CUDA graphs (`runtime.cuda_graph`) count at most: their common memory holds the activations of a step and each one's
+    predictions and targets, beside the activations of steps that warm up.
     """
     model, runtime = config.model, config.runtime
     encoder, predictor = _shapes(config)
@@ -152,11 +155,13 @@ def memory_bytes(
     gradients = 4 * count.trained / shards
 
     units = [_blocks_parameters(shape) * min(runtime.fsdp_blocks / shape.depth, 1) for shape in (encoder, predictor)]
-    passing = cast = 0.0
+    passing = cast = held = 0.0
     if several:
         cast = size * (min(2 * max(units), count.trained) if reshard else count.trained)
         # a unit gathered flat, its gradients as autograd leaves them, and twice flat in fp32 on their way out
         passing = max(units) * (size + size + 8)
+    elif size == 2 and runtime.weight_copies:  # not of the patch embedding and the mask token
+        held = size * (2 * (count.encoder - _embedding_parameters(config)) + count.predictor - predictor.width)
     elif size == 2:
         cast = size * (_blocks_parameters(encoder) / encoder.depth if checkpoint else count.trained)
 
@@ -183,13 +188,11 @@ def memory_bytes(
     pixels = 3 * model.patch_size**2 * context_rows * size
     context = kept(encoder, context_rows) + 2 * size * wide * context_rows + pixels
     loss = 8 * wide * target_rows  # predictions and targets in fp32
-    projected = 0.0
-    if config.loss.vicreg_weight:
-        views, hidden = (blocks if config.loss.vicreg_views == "target_blocks" else 2), _projector_layers(config)[-1][1]
-        projected = 4 * (images * views * (wide + 4 * config.loss.projector_layers * hidden) + views * hidden**2)
+    regularised = _regularisation_bytes(config, world)
     predicted = (
-        kept(predictor, rows) - spared + size * (narrow * (rows + target_rows) + wide * target_rows) + loss + projected
-    )
+        kept(predictor, rows) - spared + size * (narrow * (rows + target_rows) + wide * target_rows) + loss
+        + regularised
+    )  # fmt: skip
 
     # of the parts that came before; a CUDA graph's keep their memory
     before = gradients if runtime.accumulate > 1 or runtime.cuda_graph == "on" else 0.0
@@ -197,17 +200,27 @@ def memory_bytes(
     moments = {
         "target encoder": size * part * patches * (2 * wide + 2 * hidden) + before,
         "loss": context + predicted + 4 * wide * patches * part + before,
-        "predictor's backward": context + predicted - loss + working_on(predictor, rows) + before,
+        "projector's backward": context + predicted + max(before, 4 * count.projector / shards),
+        "predictor's backward": context
+        + predicted
+        - loss
+        - regularised
+        + working_on(predictor, rows)
+        + max(before, 4 * count.projector / shards),
         "context encoder's backward": context
         + working_on(encoder, context_rows)
-        + max(before, 4 * count.predictor / shards),
+        + max(before, 4 * (count.predictor + count.projector) / shards),
         "end of backward": working_on(encoder, context_rows) + gradients,
     }
     moments = {name: bytes + (0.0 if name == "end of backward" else cast) for name, bytes in moments.items()}
     moment = max(moments, key=lambda name: moments[name])
     working = max(working_on(predictor, rows), working_on(encoder, context_rows))
-    peak = state + passing + target + moments[moment]
-    return Memory(state, gradients, cast + passing, target, context, predicted, working, peak, moment)
+    peak = state + held + passing + target + moments[moment]
+    if runtime.cuda_graph == "on":
+        from cjepa_fast.graphs import MOST
+
+        peak += target + moments[moment] - before - cast + MOST * (size * wide * target_rows + target)
+    return Memory(state, gradients, cast + held + passing, target, context, predicted, working, peak, moment)
 
 
 ROOM = 0.9  # of a GPU's memory is planned with; the rest is for the CUDA context, NCCL, workspaces and fragments
@@ -320,6 +333,28 @@ def _shapes(config: Config) -> tuple[VitShape, VitShape]:
     model = config.model
     encoder = encoder_shape(model.encoder)
     return encoder, VitShape(model.predictor_width, model.predictor_depth, model.predictor_heads or encoder.heads)
+
+
+def _embedding_parameters(config: Config) -> int:
+    """Of the patch embedding."""
+    return (3 * config.model.patch_size**2 + 1) * _shapes(config)[0].width
+
+
+def _regularisation_bytes(config: Config, world: World) -> float:
+    """What projector and VICReg terms keep for the backward pass, all in fp32."""
+    from cjepa_fast.ops._variance_covariance import cheaper_form
+
+    layers, pairs = _projector_layers(config), config.loss.vicreg_views == "target_blocks"
+    if not layers:
+        return 0.0
+    images, width, hidden = config.optim.batch_size // world.size, layers[0][0], layers[-1][1]
+    blocks = config.mask.num_targets
+    if cheaper_form(images, hidden, world.size, 4) == "gram":  # a rank's part of the matrix, and the rows of all ranks
+        matrix = images * world.size * (images + (hidden if world.size > 1 else 0))
+    else:
+        matrix = hidden**2
+    rows = images * (blocks if pairs else 2)
+    return 4 * (rows * (width + (2 * len(layers) - 1) * hidden) + (blocks if pairs else 1) * matrix)
 
 
 def _projector_layers(config: Config) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 What a graph holds is `cjepa_fast.step.train_step`: both passes, optimizer and averages. It saves the host's time, some
 thousand launches a step, so it pays where the GPU waits for the host: small models and small batches. It costs memory:
 gradients stay between steps, and backward adds to the zeros in them (16 bytes a parameter more to read and write in
-fp32, by count); each graph keeps its outputs; all share the rest.
+fp32, by count); each graph keeps its outputs; all share the rest, which steps that warm up cannot use.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class GraphedStep:
         self._step, self._optimizer, self._recorder = step, optimizer, recorder
         self._shapes: dict[tuple[Any, ...], _Shape] = {}
         self._images: Tensor | None = None
+        self._full = False
 
     def __call__(self, images: Tensor, masks: Sequence[Masks], momentum: float) -> StepOutput:
         (mask,) = masks
@@ -106,7 +107,9 @@ class GraphedStep:
         self._optimizer.set_hyperparameters(momentum)
         if key not in self._shapes:
             if len(self._shapes) == MOST:
-                log.info("runtime.cuda_graph: more than %d shapes of masks; further ones run without graph", MOST)
+                if not self._full:
+                    log.info("runtime.cuda_graph: more than %d shapes of masks; further ones run without graph", MOST)
+                self._full = True
                 return self._step(images, masks, momentum, graphed=True)
             self._shapes[key] = _Shape(mask)
         if self._images is None:

@@ -74,11 +74,9 @@ class RunDirectory:
                 (directory / CONFIG).write_text(config_yaml)
             except OSError as error:
                 raise UserError(f"run.dir: {directory} cannot be written: {error.strerror}") from None
-        lines = self.metrics()
-        kept = [line for line in lines if line["step"] <= resume_step]
-        if len(kept) < len(lines):
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            _replace(directory / METRICS, text)
+        text = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= resume_step)
+        if (directory / METRICS).is_file() and (directory / METRICS).read_text() != text:
+            _replace(directory / METRICS, text)  # a torn line goes too: it would swallow the next one
         self._file = open(directory / METRICS, "a", buffering=1)  # noqa: SIM115 - open for the run's life
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

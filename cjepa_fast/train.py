@@ -6,6 +6,7 @@ Without arguments it trains the demo. `--check` validates everything, prints wha
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -16,7 +17,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,22 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job with command-line arguments `argv`; returns the exit code (0, 2 for bad input, 3 for divergence)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        world = config.read_world(os.environ)
-        return train(cli.load(sys.argv[1:] if argv is None else argv), world)
+        with cleaning_up():
+            world = config.read_world(os.environ)
+            return train(cli.load(sys.argv[1:] if argv is None else argv), world)
     except UserError as error:
         if "world" not in locals() or world.rank == 0 or dist.is_initialized():  # one line, not one per process
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+@contextlib.contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Undoes what `train` within does to its process: garbage collection held back, a process group.
+
+    After an error the group is left to the end of the process, which aborts it: NCCL's would first wait for the other
+    ranks, who wait for this one, and the error would not be told meanwhile.
+    """
+    try:
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
     finally:
-        clean_up()
-
-
-def clean_up() -> None:
-    """Undoes what `train` does to its process: garbage collection held back, a process group."""
-    gc.enable()
-    gc.unfreeze()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        gc.enable()
+        gc.unfreeze()
 
 
 def train(command: cli.Command, world: config.World) -> int:
@@ -382,8 +390,8 @@ def compile_blocks(networks: Networks, wanted: str, device: torch.device, *, sta
     """
     if wanted == "off" or (wanted == "auto" and device.type == "cpu"):
         return "not compiled" + (" (auto: on a CPU compiling outlasts small runs)" if wanted == "auto" else "")
-    # the block sizes' shapes, times encoder, target encoder and predictor
-    torch._dynamo.config.recompile_limit = 64
+    # beyond these, dynamo would leave further shapes uncompiled; packed masks of 28 x 28 patches make 237 of them
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     for blocks in (networks.encoder.blocks, networks.predictor.predictor_blocks, networks.target_encoder.blocks):
         for block in blocks:
             block.compile(dynamic=False if static else None)

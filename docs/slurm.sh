@@ -20,7 +20,8 @@ else
     arguments=(--run.dir "$run" "$@")
 fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# torchrun passes on the signals it is told of; USR1 would else end it alone and orphan its processes
+# torchrun passes on the signals it is told of; USR1 would else end it alone and orphan its processes. That of torch 2.11
+# knows no --shutdown-timeout: leave it out there, and let a checkpoint and run.log_every steps fit in 30 s
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node gpu \
     --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 110 \

@@ -424,7 +424,7 @@ def _bwd_tile(head_dim: int, keys: int, half: bool, structured: bool) -> dict[st
     elif structured or keys > (128 if head_dim <= 64 else 64):
         size = (64, 32, False, 4 if head_dim <= 64 else 8, 2)
     elif keys <= 32 and head_dim <= 64:
-        size = (32, 32, True, 4, 2)
+        size = (32, 32, True, 2 if head_dim <= 32 else 4, 2)
     elif keys <= 64:
         size = {64: (64, 32, True, 4, 2), 128: (64, 32, True, 8, 1)}.get(
             head_dim, (64, 64 if head_dim <= 32 else 16, True, 4, 2)

@@ -32,6 +32,26 @@ def test_round_trip_and_retention(tmp_path: Path) -> None:
         assert torch.equal(target[name], tensor), name
 
 
+def test_folders_of_other_names_are_left_alone(tmp_path: Path) -> None:
+    for name in ("step-00000001.bak", "step-x", "step-"):
+        (tmp_path / name).mkdir()
+    save(tmp_path, 2)
+    assert checkpoint.load(tmp_path, state(0))[0] == 2 and len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_old_checkpoint_that_cannot_go_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    for step in (1, 2):
+        save(tmp_path, step, keep=1)
+    assert checkpoint.load(tmp_path, state(0))[0] == 2 and "Device or resource busy" in caplog.text
+
+
 def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
     save(tmp_path, 5)
     checkpoint.save(tmp_path, 5, state(6), keep=2, extra={})

@@ -24,7 +24,7 @@ from cjepa_fast.masks import Masks
 from cjepa_fast.presets import PRESETS
 from cjepa_fast.step import LossWeights, forward_backward
 from cjepa_fast.train import build_networks
-from cjepa_fast.vit import Encoder, Predictor, build_encoder, build_predictor, encoder_shape
+from cjepa_fast.vit import Encoder, Predictor, build_encoder, build_predictor, encoder_shape, hold_copies
 
 SMALL, BASE, LARGE = (PRESETS[f"cjepa_vit_{name}16_in1k"] for name in ("small", "base", "large"))
 HUGE = PRESETS["ijepa_vit_huge14_in1k"]
@@ -155,7 +155,10 @@ def measured(config: Config, context_tokens: int, target_tokens: int, *, checkpo
         masks = [Masks(*part) for part in zip(context, target, strict=True)]
         live, kept = Live(), {}
         live.track(images, *net.parameters(), *net.buffers())
-        before, parameters = live.now, set(live.alive)
+        before = live.now
+        if config.runtime.weight_copies and net.encoder.dtype != torch.float32:
+            live.track(*hold_copies(net, net.encoder.dtype, rounded_grads=False).values())
+        parameters = set(live.alive)
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             if (storage := tensor.untyped_storage())._cdata not in parameters:
@@ -183,13 +186,15 @@ GIANT = PRESETS["ijepa_vit_giant16_in22k"]
     ("config", "batch", "changes"),
     [
         (SMALL, 128, {}),
+        (SMALL, 128, {"runtime.weight_copies": False}),
+        (SMALL, 128, {"loss.projector_width": 8192, "loss.projector_layers": 3}),
         (SMALL, 128, {"runtime.accumulate": 4}),
         (SMALL, 128, {"runtime.predictor_targets_only": False, "runtime.predictor_shared_start": False}),
         (BASE, 128, {"model.precision": "fp32"}),
         (LARGE, 128, {}),
         pytest.param(GIANT, 64, {}, marks=pytest.mark.slow),
     ],
-    ids=["S", "S accumulated", "S without cuts", "B fp32", "L", "g"],
+    ids=["S", "S casts", "S Gram form", "S accumulated", "S without cuts", "B fp32", "L", "g"],
 )
 def test_memory_is_what_a_step_keeps(
     config: Config, batch: int, changes: dict[str, Any], checkpoint: bool, monkeypatch: pytest.MonkeyPatch
@@ -202,15 +207,30 @@ def test_memory_is_what_a_step_keeps(
     tolerance = 0.1 if checkpoint else 0.03
     assert model.peak - model.state == pytest.approx(peak, rel=tolerance)
     if config.runtime.accumulate == 1:  # else every part keeps, after another
-        copies = 0 if checkpoint else model.copies
+        copies = 0 if checkpoint or config.runtime.weight_copies else model.copies
         assert model.context + model.predictor + copies == pytest.approx(kept, rel=tolerance)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_copies_of_weights_are_those_that_are_held(checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
+    with torch.device("meta"):
+        held = hold_copies(build_networks(SMALL), torch.bfloat16, rounded_grads=False)
+    config = replace(SMALL, {"optim.batch_size": 128})
+    on, off = (
+        memory_bytes(replace(config, {"runtime.weight_copies": copies}), World(), 52, 35, checkpoint=checkpoint)
+        for copies in (True, False)
+    )
+    assert on.copies == sum(copy.nbytes for copy in held.values()) and on.moment == off.moment
+    assert on.peak - off.peak == pytest.approx(on.copies - off.copies)
+    assert on.copies > off.copies
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_memory_on_a_gpu(checkpoint: bool) -> None:
     """The model against the allocator's peak of a real step."""
-    config = replace(BASE, {"optim.batch_size": 128})
+    config = replace(BASE, {"optim.batch_size": 128, "runtime.weight_copies": False})
     device = torch.device("cuda")
     net = build_networks(config).to(device)
     if checkpoint:

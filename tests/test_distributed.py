@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from cjepa_fast import checkpoint, distributed
+from cjepa_fast.errors import UserError
 from cjepa_fast.losses import GlobalBatchNorm, block_vicreg, context_target_vicreg
 from cjepa_fast.optim import AdamW, parameter_groups
 from cjepa_fast.step import LossWeights, Networks, forward_backward, target_embeddings
@@ -105,6 +106,8 @@ def worker(rank: int, size: int, folder: str) -> None:
     (norm(y) * torch.sin(torch.arange(96.0)).view(16, 6).chunk(size)[rank]).sum().backward()
     statistics["norm"] = distributed.gather_rows(y.grad)
 
+    results["2" if size == 2 else "4"]["faults"] = checkpoint_faults(rank, Path(folder))
+
     mine, other = ("2", "hybrid") if size == 2 else ("hybrid", "2")  # each loads what the other saves
     results[mine]["saved"] = save(layouts[mine], rank, f"{folder}/../{mine}")
     loader = layouts["2" if size == 2 else "4"]
@@ -122,6 +125,32 @@ def save(layout: Layout, rank: int, folder: str) -> dict[str, torch.Tensor]:
     optimizer.step()
     checkpoint.save(Path(folder), 7, state, keep=2, extra={"a": 1})
     return {name: full(tensor).clone() for name, tensor in state.items()}
+
+
+def checkpoint_faults(rank: int, folder: Path) -> list[Any]:
+    """On every rank: which checkpoint is loaded where the newest is damaged, the files read for that, and a refusal."""
+    state = {name: torch.full((300,), 1.0) for name in "abc"}
+    for step in (1, 2):
+        checkpoint.save(folder / "damaged", step, state, keep=2, extra={})
+    newest = folder / "damaged" / "step-00000002"
+    if rank == 0:
+        victim = max(newest.glob("*.distcp"))
+        victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+        (folder / "file").write_text("")
+    dist.barrier()
+    read: list[str] = []
+    crc32 = checkpoint._crc32
+    checkpoint._crc32 = lambda path: read.append(f"{path.parent.name}/{path.name}") or crc32(path)
+    loaded, _ = checkpoint.load(folder / "damaged", state)
+    checkpoint._crc32 = crc32
+    try:
+        checkpoint.save(folder / "file" / "none", 1, state, keep=2, extra={})
+        refusal = ""
+    except UserError as error:
+        refusal = str(error)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (loaded, read, refusal))
+    return found
 
 
 def load(layout: Layout, folder: str) -> dict[str, torch.Tensor]:
@@ -197,6 +226,16 @@ def test_checkpoints_fit_any_layout(results: dict[str, Any], saver: str, loader:
         assert loaded.keys() == saved.keys()
         for name, tensor in saved.items():
             assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["2", "4"])
+def test_faults_of_checkpoints_are_the_same_for_all_ranks(results: dict[str, Any], name: str) -> None:
+    """Nobody loads another one than the rest, each file is read once, and nobody waits for one that cannot write."""
+    loaded, read, refusals = zip(*results[name]["faults"], strict=True)
+    assert set(loaded) == {1}
+    files = [path for part in read for path in part]
+    assert len(files) == len(set(files)) and max(map(len, read)) < len(files)
+    assert all("checkpoint not written" in refusal for refusal in refusals)
 
 
 def test_a_network_without_backward_pass_leaves_no_notes(tmp_path: Path) -> None:

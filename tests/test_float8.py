@@ -24,7 +24,20 @@ from cjepa_fast.vit import Encoder, Predictor, VitShape
 SHAPE, SIZE, PATCH, BATCH = VitShape(64, 2, 2), 24, 4, 8
 WEIGHTS = LossWeights("smooth_l1", 2.5, 2.5, 0.1)
 SHAPES = [(64, 96, 32), (5, 64, 48), (1, 16, 16)]  # rows, K, N
-IMPLS = ["eager", "auto"]  # torch._scaled_mm takes any device
+
+
+def scales_rows() -> bool:
+    """Whether torch._scaled_mm does on this machine: that of torch 2.11 does on GPUs alone."""
+    one = torch.ones(16, 16).bfloat16()
+    try:
+        ops.float8_linear(one, *ops.quantise_rows(one), one[0])
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_scaled_rows = pytest.mark.skipif(not scales_rows(), reason="this torch scales no rows in float8 on a CPU")
+IMPLS = ["eager", pytest.param("auto", marks=needs_scaled_rows)]
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -62,6 +75,7 @@ def test_error_of_a_product_is_bounded(shape: tuple[int, int, int], impl: str) -
         assert 0.03 < (error.square().mean() / truth.square().mean()).sqrt() < 0.045
 
 
+@needs_scaled_rows
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_equal_their_plain_twin(shape: tuple[int, int, int]) -> None:
     """Quantised alike: what is left is bf16's rounding of the result."""
@@ -85,6 +99,7 @@ def test_a_row_stands_alone(impl: str) -> None:
     assert torch.equal(zero, bias.bfloat16().expand(2, -1))
 
 
+@needs_scaled_rows
 def test_shapes_of_inputs() -> None:
     x, weight, bias = numbers(3, 5, 32).bfloat16(), numbers(16, 32).bfloat16(), numbers(16).bfloat16()
     assert product(x, weight, bias, "auto").shape == (3, 5, 16)
@@ -115,6 +130,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
+@needs_scaled_rows
 def test_embeddings_are_near_those_in_16_bits() -> None:
     images, _ = batch()
     plain, ours, twin = (target_embeddings(networks(impl).target_encoder, images) for impl in (None, "auto", "eager"))
@@ -139,6 +155,7 @@ def test_cuts_and_parts_change_nothing() -> None:
     assert relative(halves, whole) < 1e-3
 
 
+@needs_scaled_rows
 @pytest.mark.parametrize("parts", [1, 2])
 def test_weights_are_rounded_once_a_step_and_follow_the_average(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
     net, (images, masks) = networks("auto"), batch(parts, union=False)
@@ -175,6 +192,7 @@ def test_sharded_weights_are_rounded_where_they_are_whole(tmp_path: Path) -> Non
         dist.destroy_process_group()
 
 
+@needs_scaled_rows
 def test_compiled_blocks_compute_the_same() -> None:
     images, _ = batch()
     plain, compiled = (networks("auto").target_encoder for _ in range(2))
@@ -182,12 +200,13 @@ def test_compiled_blocks_compute_the_same() -> None:
         block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
     counter = torch._dynamo.utils.counters["stats"]
+    before = counter["unique_graphs"]
     for step in range(3):
         with plain.quantised(), compiled.quantised():
             assert relative(target_embeddings(compiled, images), target_embeddings(plain, images)) < 5e-3
         if step == 0:
             graphs = counter["unique_graphs"]
-    assert graphs > 0 and counter["unique_graphs"] == graphs, "new weights are no reason to compile again"
+    assert graphs > before and counter["unique_graphs"] == graphs, "new weights are no reason to compile again"
 
 
 @pytest.mark.parametrize(

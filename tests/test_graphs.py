@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,9 +16,9 @@ from cjepa_fast.masks import Masks
 from cjepa_fast.optim import AdamW
 from cjepa_fast.step import StepOutput, Terms
 from cjepa_fast.train import main
+from runs import metrics, without_clocks, write_images
 
 STEPS = 20
-CLOCKS = {"images_per_s", "data_wait_ms"}
 
 
 def tensors(out: StepOutput) -> list[torch.Tensor]:
@@ -99,16 +97,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    from PIL import Image
-
-    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for i in range(40):
-        pixels = generator.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((35, 30)).save(root / f"{i}.jpg")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield root
+def images(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data"), 40)
 
 
 def run(images: Path, out: Path, *more: str) -> list[dict[str, Any]]:
@@ -120,12 +110,7 @@ def run(images: Path, out: Path, *more: str) -> list[dict[str, Any]]:
         f"--optim.final-weight-decay 0.4 --runtime.data-threads 1 --data.root {images} --run.dir {out}"
     ).split()  # fmt: skip
     assert main([*arguments, *more]) == 0
-    return metrics(out)
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
+    return without_clocks(metrics(out))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +139,7 @@ def test_resume(images: Path, tmp_path: Path, stand_in: type[StandIn]) -> None:
     for step in (16, STEPS):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
     assert main(["--resume", str(tmp_path / "run")]) == 0
-    assert metrics(tmp_path / "run") == straight
+    assert without_clocks(metrics(tmp_path / "run")) == straight
     assert len(stand_in.made) == 2 and stand_in.made[1].captures > 0
 
 
@@ -178,7 +163,9 @@ def inputs(length: int, value: float) -> tuple[torch.Tensor, list[Masks]]:
     return torch.full((2, 3), float(value)), [Masks(torch.full((2, length), int(value)), torch.zeros(2, 1, 1))]
 
 
-def test_each_shape_is_captured_once_and_no_more_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_shape_is_captured_once_and_no_more_than_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     StandIn.made = []
     monkeypatch.setattr(graphs, "MOST", 2)
     fake, recorder = Fake(), StandIn(torch.device("cpu"))
@@ -188,6 +175,7 @@ def test_each_shape_is_captured_once_and_no_more_than_there_is_room_for(monkeypa
             out = step(*inputs(length, value), momentum=value / 8)
             assert out.terms.loss == 6 * value + 2 * length * value + value / 8
     assert (recorder.warm_ups, recorder.captures, recorder.replays) == (2 * graphs.WARM_UPS, 2, 2 * 4)
+    assert caplog.text.count("further ones run without graph") == 1
 
 
 def test_results_last_until_the_next_step() -> None:
@@ -248,12 +236,15 @@ def test_what_cannot_be_captured_is_refused_in_one_line(
     assert not out.exists()
 
 
-def test_gradients_that_keep_their_memory_are_planned_for() -> None:
-    """They are there when the step needs most, before the backward pass has begun."""
-    plain = config.Config()
+def test_the_memory_of_graphs_is_planned_for() -> None:
+    """Gradients that stay, activations of a replay beside those of a step that warms up, and the graphs' results."""
+    plain = config.replace(config.Config(), {"optim.batch_size": 128, "loss.vicreg_weight": 0.0})
     graphed = config.replace(plain, {"runtime.cuda_graph": "on"})
     off, on = (cost.memory_bytes(c, config.World(), 80.0, 33.0) for c in (plain, graphed))
-    assert off.moment in ("loss", "predictor's backward") and on.peak - off.peak == off.gradients > 0
+    assert off.moment in ("loss", "predictor's backward")
+    activations = off.peak - off.state - off.copies
+    results = 2 * 768 * 128 * (4 * 33 + 196)  # bf16
+    assert on.peak - off.peak == pytest.approx(off.gradients + activations + graphs.MOST * results, rel=1e-9)
 
 
 def test_several_processes_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import io
 import json
@@ -14,18 +15,20 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from cjepa_fast import checkpoint
-from cjepa_fast.train import InterruptFlag, main
+from cjepa_fast import checkpoint, config
+from cjepa_fast.presets import PRESETS
+from cjepa_fast.train import InterruptFlag, build_sampler, cleaning_up, compile_blocks, main
 from cjepa_fast.views import epoch_order
+from runs import metrics, without_clocks, write_images
 
 STEPS = 12
 SMALL = (
@@ -36,41 +39,17 @@ SMALL = (
     "--runtime.data-threads 1 --runtime.device cpu"
 ).split()  # fmt: skip
 TWO_STEPS = ("--optim.steps", "2", "--optim.warmup-epochs", "0")
-CLOCKS = {"images_per_s", "data_wait_ms"}
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from PIL import Image
-
-    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for label in ("cat", "dog"):
-        (root / label).mkdir()
-        for i in range(20):
-            pixels = generator.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((35, 30)).save(root / label / f"{i}.jpg")
-    return root
+def images(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data"), 20, ("cat", "dog"))
 
 
 def run(images: Path, out: Path, *more: str) -> list[dict[str, Any]]:
     assert main([*SMALL, "--data.root", str(images), "--run.dir", str(out), *more]) == 0
     return metrics(out)
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_clocks(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines]
 
 
 def tensors(step: Path, scratch: Path) -> dict[str, torch.Tensor]:
@@ -254,6 +233,23 @@ def test_speed_settings_change_nothing(
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance, abs=0), f"step {a['step']}"
 
 
+def test_the_compiler_takes_the_shapes_of_all_presets() -> None:
+    """Each block size has a shape of its own in the context encoder, in the predictor's first, last and other blocks,
+    and where the target encoder computes unions; all rows of the target encoder, and of its last block, add two.
+    """
+    limits = torch._dynamo.config
+    nothing = SimpleNamespace(blocks=[], predictor_blocks=[])
+    networks: Any = SimpleNamespace(encoder=nothing, predictor=nothing, target_encoder=nothing)
+    with limits.patch(recompile_limit=8, accumulated_recompile_limit=256):  # put back, also where it is changed within
+        assert compile_blocks(networks, "on", torch.device("cpu"), static=True) == "compiled"
+        least = min(limits.recompile_limit, limits.accumulated_recompile_limit)
+    for name, preset in PRESETS.items():
+        for mode in ("fixed", "packed"):
+            sampler = build_sampler(config.replace(preset, {"mask.mode": mode, "mask.context_keep": None}))
+            sizes = {sampler.block_sizes(step) for step in range(2000)}
+            assert 5 * len(sizes) + 2 <= least, (name, mode)
+
+
 @pytest.mark.parametrize(
     ("number", "launcher"),
     [
@@ -262,7 +258,7 @@ def test_speed_settings_change_nothing(
         # as docs/cluster.md says; the launcher ends with 1 after any signal
         (signal.SIGUSR1, [
             "torch.distributed.run", "--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
-            "--shutdown-timeout", "60", "-m",
+            *(["--shutdown-timeout", "60"] if torch.__version__ >= "2.12" else []), "-m",
         ]),
     ],
     ids=["SIGTERM", "SIGUSR1", "SIGUSR1 torchrun"],
@@ -306,6 +302,19 @@ def test_a_second_request_to_stop_ends_at_once(monkeypatch: pytest.MonkeyPatch) 
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_after_an_error_no_group_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    destroyed: list[bool] = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: destroyed.append(True))
+    with pytest.raises(RuntimeError, match="out of memory"), cleaning_up():
+        gc.disable()
+        raise RuntimeError("out of memory")
+    assert not destroyed and gc.isenabled()
+    with cleaning_up():
+        gc.disable()
+    assert destroyed == [True] and gc.isenabled()
 
 
 def as_tar(images: Path, folder: Path) -> Path:

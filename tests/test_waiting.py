@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +21,7 @@ from cjepa_fast.optim import AdamW, parameter_groups, schedules
 from cjepa_fast.step import LossWeights, Networks, train_step
 from cjepa_fast.train import main
 from cjepa_fast.vit import Encoder, Predictor, VitShape
+from runs import write_images
 
 SIZE, PATCH, BATCH = 24, 4, 8
 ON_A_GPU = torch.device("meta")  # stands for one: it has no values either that the host could read
@@ -144,16 +144,8 @@ def arguments(images: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    from PIL import Image
-
-    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for i in range(24):
-        pixels = generator.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((35, 30)).save(root / f"{i}.jpg")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield root
+def images(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data"), 24)
 
 
 LOOPS = [

@@ -159,7 +159,8 @@ def algorithm_1(z: Tensor, weights: tuple[float, float, float]) -> Tensor:
         for centred in (x, y):
             spread = spread + F.relu(1 - torch.sqrt(centred.var(dim=0) + 1e-4)).mean() / 2
             matrix = (centred.T @ centred) / (images - 1)
-            off_diagonal = matrix[~torch.eye(width, dtype=torch.bool, device=z.device)]
+            # one row longer, the diagonal becomes a column: VICReg's public code waits for no device here either
+            off_diagonal = matrix.flatten()[:-1].view(width - 1, width + 1)[:, 1:].flatten()
             covariance = covariance + off_diagonal.pow(2).sum() / width
         total = total + weights[0] * similarity + weights[1] * spread + weights[2] * covariance
     return total / (blocks * (blocks - 1))
