@@ -40,6 +40,14 @@ def test_pillow_resizes_the_same(impl: str, low: int, high: int, size: int):
     assert difference <= (impl == "torch")
 
 
+def test_who_has_no_library_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(native, "why_unavailable", lambda: "no compiler, for a test")
+    caplog.set_level("INFO", logger="cjepa_fast")
+    for _ in range(2):
+        resize_images(noise(1, 20, 30), 8)
+    assert [record.getMessage() for record in caplog.records] == ["resize: torch (no compiler, for a test)"]
+
+
 def test_extremes_stay_and_what_has_the_size_is_left_alone(impl: str):
     for value in (0, 255):
         assert (resize_images([np.full((37, 11, 3), value, dtype=np.uint8)], 50) == value).all()
