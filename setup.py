@@ -14,7 +14,7 @@ library = Extension(
     extra_compile_args=[*native["FLAGS"], "-g0"],  # Python asks for debug information
     extra_link_args=["-pthread"],
     language="c++",
-    optional=True,  # without a compiler the package installs and samples its masks with NumPy
+    optional=True,  # without a compiler the package installs and samples its masks with NumPy, resizes with torch
 )
 
 setup(

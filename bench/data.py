@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +36,9 @@ from bench import run
 from bench.readers import MEAN, STD, Files, Images, lay_out, random_window, read_jpegs, readers, synthetic_jpegs
 from bench.waits import waits_in_training
 from cjepa_fast.errors import UserError
+from cjepa_fast.images import MAX_PIXELS
+from cjepa_fast.index import inspect_files
+from cjepa_fast.manifest import ENTRY, Manifest, Strings
 
 Row = dict[str, Any]
 
@@ -305,6 +309,60 @@ def time_readers(
     return list(rows.values())
 
 
+# --- the index
+
+
+def index_rates(images: Images, entries: int, repeats: int = 3) -> Row:
+    """Thorough indexing of the files in one thread, and a manifest of `entries` made up ones opened anew.
+
+    The rate is over processor seconds, the best of `repeats`.
+    """
+    paths = sorted((images.files / "all").iterdir())
+    task = (str(images.files), ["all"] * len(paths), [path.name for path in paths])
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        _, faults = inspect_files(task, mode="thorough", max_pixels=MAX_PIXELS)
+        taken.append(time.process_time() - start)
+        if faults:
+            raise ValueError(f"{len(faults)} sound images were left out")
+    path = images.folder / "manifest"
+    made_up_manifest(entries).save(path)
+    seconds, mib = opening(path)
+    return {"indexed_per_cpu_s": len(paths) / min(taken), "indexed_images": len(paths), "entries": entries,
+            "load_s": seconds, "load_mib": mib, "file_mib": path.stat().st_size / 2**20}  # fmt: skip
+
+
+def opening(path: Path) -> tuple[float, float]:
+    """Processor seconds and MiB that it takes to open a manifest and read its columns and a path, in a new process."""
+    code = f"""
+import time
+from pathlib import Path
+from cjepa_fast.manifest import Manifest
+def most_resident():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+before, start = most_resident(), time.process_time()
+manifest = Manifest.load(Path({str(path)!r}))
+manifest.sizes, manifest.labels, manifest.path(len(manifest) - 1)
+print(time.process_time() - start, (most_resident() - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    seconds, mib = map(float, done.stdout.split())
+    return seconds, mib
+
+
+def made_up_manifest(n: int) -> Manifest:
+    """Named as ImageNet's images are, in a thousand classes."""
+    entries = np.zeros(n, dtype=ENTRY)
+    entries["bytes"], entries["container"] = np.arange(n), np.arange(n) % 1000
+    entries["label"] = entries["container"]
+    classes = [f"n{i:08d}" for i in range(1000)]
+    meta = {"root": "/r", "kind": "folder", "base": "/r", "mode": "quick", "max_pixels": MAX_PIXELS, "classes": classes,
+            "description": "", "left_out": {}, "pattern": ""}  # fmt: skip
+    names = Strings.pack([f"n01440764_{i}.JPEG" for i in range(n)])
+    return Manifest(meta, entries, names, Strings.pack(classes), Strings.pack([]), np.zeros((0, 2), "<i8"))
+
+
 # --- the table
 
 
@@ -313,7 +371,8 @@ def markdown(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     parts = [f"## data\n\n{run.where(rows)} {rows[0]['workers']} threads or worker processes.\n"]
-    rates = [row for row in rows if row["case"] != "waits"]
+    parts += [f"{_index_line(row)}\n" for row in rows if row["case"] == "index"]
+    rates = [row for row in rows if row["case"] not in ("index", "waits")]
     if rates:
         parts.append(
             "| images | reader | images/s [p20, p80] | images/s per core [p20, p80] | x best rival | x best rival per "
@@ -351,6 +410,16 @@ def _rate_line(row: Row) -> str:
     return "| " + " | ".join([row["case"], name, *map(rate, both), *map(ratio, both), _note(row)]) + " |"
 
 
+def _index_line(row: Row) -> str:
+    if row["status"] != "ok":
+        return f"index: {_note(row)}"
+    return (
+        f"index: {row['indexed_per_cpu_s']:,.0f} of {row['images']} images a second and core (thorough); a manifest of "
+        f"{row['entries']:,} entries and {row['file_mib']:.0f} MiB opens in {row['load_s']:.2f} s and takes "
+        f"{row['load_mib']:.0f} MiB of memory"
+    )
+
+
 def _wait_line(row: Row) -> str:
     if "step_ms" not in row:
         return f"| {row['variant']} | {row['images'] or ''} |" + " |" * 6 + f" {_note(row)} |"
@@ -374,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="folder, shards or another source for 224 px [$BENCH_IMAGENET, else made up]")  # fmt: skip
     parser.add_argument("--cifar", metavar="PATH", default=os.environ.get("BENCH_CIFAR") or None,
                         help="the same for 32 px [$BENCH_CIFAR, else made up]")  # fmt: skip
-    parser.add_argument("--only", nargs="+", choices=("imagenet", "cifar", "waits"), help="leave out the rest")
+    parser.add_argument("--only", nargs="+", choices=("imagenet", "cifar", "index", "waits"), help="leave out the rest")
     parser.add_argument("--threads", type=int, default=min(cores, 16), help="of every reader [cores, at most 16]")
     parser.add_argument("--rounds", type=int, help="[5, with --quick 2]")
     parser.add_argument("--window", type=float, help="seconds that a round times a reader [1, with --quick 0.2]")
@@ -413,9 +482,9 @@ def benchmark(arguments: argparse.Namespace, device: str) -> int:
         if arguments.json is not None:
             with arguments.json.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-        print(_wait_line(row) if row["case"] == "waits" else _rate_line(row), flush=True)
+        print({"waits": _wait_line, "index": _index_line}.get(row["case"], _rate_line)(row), flush=True)
 
-    wanted = arguments.only or ["imagenet", "cifar", "waits"]
+    wanted = arguments.only or ["imagenet", "cifar", "index", "waits"]
     served = {r.name: Served(device, threads, r.name) for r in readers(device, threads)}
     with tempfile.TemporaryDirectory(prefix="bench-data-") as work:
         os.environ["CJEPA_CACHE"] = str(Path(work) / "cache")  # inherited: no index is left behind
@@ -434,6 +503,11 @@ def benchmark(arguments: argparse.Namespace, device: str) -> int:
                     publish({"case": f"{images.name} at {images.size} px", "images": images.name, **row})
             for reader in served.values():
                 reader.end()
+            if "index" in wanted:
+                images = laid_out["imagenet"]
+                about = {"case": "index", "variant": "index", "role": "ours", "images": images.name}
+                measured = index_rates(images, 10_000 if quick else 1_000_000)
+                publish({**about, "status": "ok", "reason": None, **measured})
             for preset in (arguments.preset or _presets(device, quick)) if "waits" in wanted else []:
                 about = {"case": "waits", "variant": preset, "role": "ours", "images": None}
                 if time.monotonic() > start + arguments.seconds:
@@ -481,7 +555,7 @@ def _images(arguments: argparse.Namespace, work: Path, device: str, wanted: Sequ
         ("imagenet", arguments.imagenet, 224, (375, 500), 64 if quick else 1000, 64),
         ("cifar", arguments.cifar, 32, (32, 32), 512 if quick else 10_000, 256),
     ):
-        if kind not in wanted and "waits" not in wanted:
+        if kind not in wanted and "waits" not in wanted and (kind, "index" in wanted) != ("imagenet", True):
             continue
         encoded = read_jpegs(path, limit) if path else synthetic_jpegs(height, width, min(limit, 512))
         name = kind if path else f"synthetic {width}x{height}"

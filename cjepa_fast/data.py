@@ -8,13 +8,14 @@ Legend: b images of one rank (the global batch over world_size), V views, H = W 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _PAUSES = (1.0, 5.0, 30.0)  # seconds before trying again to read from storage that seems gone
+_DRAWN_AT_ONCE = 2048  # images: for 256 the draws cost 3 us each, most of it NumPy's calls, for 2,048 less than one
 _ALARM, _PATIENCE = 60.0, 10  # seconds without an image until that is said, and how often until it is an error
 
 log = logging.getLogger(__name__)
@@ -148,7 +150,9 @@ class Batches:
         _dali()  # missing, it is told now
         known = bad or BadImages(source)
         cropped = views if independent_crops else 1  # views with a window of their own
-        resize = _Resize(image_size, device, threads)
+
+        def resize(images: Any) -> Any:
+            return _resized(images, image_size, device, threads)
 
         # DALI's graph holds what its Python functions refer to: not this object, or neither would ever go
         def graph(files: Any, given: dict[str, Any]) -> Any:
@@ -174,16 +178,23 @@ class Batches:
 
         def plan(step: int) -> Iterator[_Request]:
             while last_step is None or step < last_step:
-                epoch, ids, repeats = batch_ids(source, seed=seed, step=step, batch_size=batch_size, skipped=known.ids)
-                ids, repeats = ids[mine], repeats[mine]
-                inputs = draw(ids, source.sizes[ids], seed=seed, epoch=epoch, repeats=repeats)
-                yield _Request(ids=ids, inputs=inputs, step=step, epoch=epoch)
-                step += 1
+                stop = step + max(1, _DRAWN_AT_ONCE // per_rank)
+                steps = range(step, stop if last_step is None else min(stop, last_step))
+                placed = [batch_ids(source, seed=seed, step=s, batch_size=batch_size, skipped=known.ids) for s in steps]
+                for epoch, group in itertools.groupby(placed, lambda batch: batch[0]):
+                    parts = [(ids[mine], repeats[mine]) for _, ids, repeats in group]
+                    ids, repeats = map(np.concatenate, zip(*parts, strict=True))
+                    drawn = draw(ids, source.sizes[ids], seed=seed, epoch=epoch, repeats=repeats)
+                    for start in range(0, len(ids), per_rank):
+                        part = slice(start, start + per_rank)
+                        inputs = {name: value[part] for name, value in drawn.items()}
+                        yield _Request(ids=ids[part], inputs=inputs, step=step, epoch=epoch)
+                        step += 1
 
         none = np.arange(0)
         options = _Options(
             graph=graph, inputs=tuple(draw(none, source.sizes[none], seed=seed, epoch=0, repeats=none)),
-            batch_size=per_rank, device=device, threads=threads, prefetch=prefetch, close=resize.close,
+            batch_size=per_rank, device=device, threads=threads, prefetch=prefetch,
         )  # fmt: skip
         self._views = views
         self._decoded = _decode(source, plan, options, first=first_step, bad=known)
@@ -281,7 +292,7 @@ class _Request:
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """How a pipeline is built; `graph(files, inputs by name)` makes the images of encoded bytes, `close` follows it."""
+    """How a pipeline is built; `graph(files, inputs by name)` makes the images of encoded bytes."""
 
     graph: Callable[[Any, dict[str, Any]], Any]
     inputs: tuple[str, ...]
@@ -289,7 +300,6 @@ class _Options:
     device: str
     threads: int
     prefetch: int
-    close: Callable[[], None] = lambda: None
 
 
 class _Failed(Exception):
@@ -317,54 +327,26 @@ def _decoder_options(device: str, hw_decoder_load: float = 0.65) -> dict[str, An
     return {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
 
 
-class _Resize:
-    """Resizes uint8 HWC images in a pipeline to squares: bilinear with antialias, as Pillow and torchvision do it.
+def _resized(images: Any, size: int, device: str, threads: int) -> Any:
+    """uint8 HWC images of DALI's graph as squares: bilinear with antialias, as Pillow and torchvision do it.
 
-    On a GPU it is DALI's triangular filter. On a CPU that filter takes longer than decoding (2.0 of 3.4 ms for an
-    ImageNet crop), so there torch's integer kernel, a quarter of it, runs within DALI's graph, in `threads` threads.
-    Below 64 pixels a call of torch for each image costs more than it saves.
+    On a GPU it is DALI's triangular filter. On a CPU that filter takes about as long as decoding (13 us for a CIFAR
+    image, 2.0 of 3.4 ms for an ImageNet crop), so there our own runs within DALI's graph, in `threads` threads.
     """
+    fn, types = _dali()
+    if device != "cpu":
+        return fn.resize(images, size=[size, size], interp_type=types.INTERP_TRIANGULAR)
 
-    def __init__(self, size: int, device: str, threads: int) -> None:
-        self._size, self._threads = size, threads
-        self._by_torch = device == "cpu" and size >= 64
-        self._pool: ThreadPoolExecutor | None = None
+    def resize(images: list[np.ndarray]) -> list[np.ndarray]:
+        from cjepa_fast.ops import resize_images
 
-    def __call__(self, images: Any) -> Any:
-        """The node of DALI's graph behind `images`."""
-        fn, types = _dali()
-        if not self._by_torch:
-            return fn.resize(images, size=[self._size, self._size], interp_type=types.INTERP_TRIANGULAR)
-        self._pool = self._pool or ThreadPoolExecutor(self._threads, thread_name_prefix="resize images")
-        return fn.python_function(images, function=self._batch, batch_processing=True, output_layouts="HWC")
+        return list(resize_images(images, size, threads))
 
-    def _batch(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        assert self._pool is not None
-        parts = self._pool.map(self._part, (images[k :: self._threads] for k in range(self._threads)))
-        done: list[Any] = [None] * len(images)
-        for k, part in enumerate(parts):
-            done[k :: self._threads] = part
-        return done
-
-    def _part(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        import torch
-        from torch.nn.functional import interpolate
-
-        square = (self._size, self._size)
-        # [1, 3, H, W] with channels last, for which there is a fast path whose result lies the same way
-        views = (torch.from_numpy(image)[None].permute(0, 3, 1, 2) for image in images)
-        resized = (interpolate(view, size=square, mode="bilinear", antialias=True) for view in views)
-        return [image.permute(0, 2, 3, 1)[0].numpy() for image in resized]
-
-    def close(self) -> None:
-        """Ends the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+    return fn.python_function(images, function=resize, batch_processing=True, output_layouts="HWC")
 
 
 def _cropped(
-    files: Any, given: dict[str, Any], crops: int, resize: _Resize, device: str, hw_decoder_load: float
+    files: Any, given: dict[str, Any], crops: int, resize: Callable[[Any], Any], device: str, hw_decoder_load: float
 ) -> list[Any]:
     """Windows "anchor v", "shape v" of encoded images, resized to squares and flipped by "flip v": uint8 HWC."""
     fn, _ = _dali()
@@ -484,8 +466,7 @@ def _stream(
             yield request, torch.from_dlpack(images.as_tensor())
     finally:
         feed.close()
-        pipeline = None  # ends DALI's threads, which may be in the graph's functions
-        options.close()
+        pipeline = None  # ends DALI's threads
 
 
 class _Feed:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,6 +99,8 @@ def _open(path: Path) -> ctypes.CDLL | None:
     library.cjepa_philox4x32.restype = None
     library.cjepa_sample_masks.argtypes = (pointer, pointer, length, threads, pointer)
     library.cjepa_sample_masks.restype = ctypes.c_int
+    library.cjepa_resize.argtypes = (pointer, pointer, length, ctypes.c_int32, threads, pointer)
+    library.cjepa_resize.restype = None
     return library
 
 
@@ -130,7 +133,7 @@ def _build(path: Path) -> None:
             os.replace(output, path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _Unavailable(f"the library could not be built in {path.parent}: {error}") from error
-    log.info("built the native mask sampler with %s: %s", command[0], path)
+    log.info("built the native library with %s: %s", command[0], path)
 
 
 def _cached_path() -> Path:
@@ -209,3 +212,16 @@ def sample_masks(
         return arrays
     kept = int(arrays.counts.min()) if faithful else spec.keep
     return arrays._replace(context=arrays.context[: batch * kept].reshape(batch, kept))
+
+
+def resize(images: Sequence[np.ndarray], size: int, threads: int) -> np.ndarray:
+    """See `ops.resize_images`."""
+    import numpy as np
+
+    memory = [image.__array_interface__ for image in images]
+    assert all(m["strides"] is None for m in memory), "not C-contiguous"
+    addresses = np.array([m["data"][0] for m in memory], dtype=np.uint64)
+    sizes = np.array([m["shape"][:2] for m in memory], dtype=np.int32)
+    out = np.empty((len(images), size, size, 3), dtype=np.uint8)
+    _library().cjepa_resize(addresses.ctypes.data, sizes.ctypes.data, len(images), size, threads, out.ctypes.data)
+    return out

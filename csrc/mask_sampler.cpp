@@ -13,18 +13,10 @@
 #include <thread>
 #include <vector>
 
+#include "clones.h"
 #include "mask_spec.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "flags are read eight at a time, the first as lowest byte");
-
-// One build serves every x86-64, and takes wider vectors, popcnt and bmi where the machine has them.
-#if !defined(CJEPA_CLONES)
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#define CJEPA_CLONES __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CJEPA_CLONES
-#endif
-#endif
 
 namespace {
 

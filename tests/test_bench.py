@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from bench import data, gpu, waits
+from bench.readers import lay_out, synthetic_jpegs
+from cjepa_fast.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
 
@@ -367,6 +369,32 @@ def test_the_feed_and_its_rivals_are_timed_after_a_look_at_their_images(with_rea
     text = table.read_text()
     assert "| **ours** |" in text and "cannot run: not installed: nowhere.at_all" in text and "Ceilings" not in text
     assert not list(with_readers.glob("bench-data-*")), "what was laid out is gone"
+
+
+def test_the_index_is_timed_on_sound_images(tmp_path: Path) -> None:
+    images = lay_out(synthetic_jpegs(48, 64, 8), tmp_path, name="made up", size=32, batch_size=4, shards=1)
+    row = data.index_rates(images, entries=5000)
+    assert row["indexed_images"] == 8 and row["entries"] == 5000 and row["indexed_per_cpu_s"] > 100
+    assert row["file_mib"] == pytest.approx((images.folder / "manifest").stat().st_size / 2**20)
+    assert 0 < row["load_s"] < 1 and 0 < row["load_mib"] < 50
+    line = data._index_line({**row, "status": "ok", "images": "made up"})
+    assert "of made up images a second and core (thorough); a manifest of 5,000 entries" in line
+    (images.files / "all" / "000003.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 sound images were left out"):
+        data.index_rates(images, entries=10)
+
+
+def test_a_million_entries(tmp_path: Path) -> None:
+    """Less than 100 MB on disk and 200 in memory, and at hand in under a second of one core."""
+    n = 10**6
+    large = data.made_up_manifest(n)
+    large.save(tmp_path / "m")
+    assert (tmp_path / "m").stat().st_size < 100e6
+    again = Manifest.load(tmp_path / "m")
+    assert again.path(n - 1) == f"/r/n{(n - 1) % 1000:08d}/n01440764_{n - 1}.JPEG"
+    assert again.sizes.shape == (n, 2) and again.labels is not None
+    seconds, mib = data.opening(tmp_path / "m")
+    assert seconds < 1 and mib < 200
 
 
 def test_what_is_made_of_waits() -> None:

@@ -116,7 +116,7 @@ def test_every_kind_of_source_shows_the_same(source: Mixture, tmp_path: Path, ki
 # --- pixels
 
 
-@pytest.mark.parametrize("size", [24, 64])  # resized by DALI and, from 64 pixels, by torch
+@pytest.mark.parametrize("size", [24, 64])  # some grow, some shrink
 def test_batches_agree_with_pillow(source: Mixture, size: int):
     seen = 0
     for batch in batches(source, first_step=2, last_step=5, image_size=size, threads=3):
@@ -624,7 +624,8 @@ def test_two_thousand_batches_leak_nothing(mixture: Mixture):
     assert marks[-1][0] - marks[0][0] < 4e6, marks  # half of 2,000 batches have 49 kB, half 6 kB
     files = [files for _, files, _ in marks]
     assert max(files) - min(files) <= 2 and after[1] <= before[1] + 2  # two readers may be in a file, shards stay open
-    assert len({threads for _, _, threads in marks}) == 1 and after[2] == before[2]
+    threads = [threads for _, _, threads in marks]
+    assert max(threads) - min(threads) <= 1 and after[2] == before[2]  # a resize in two threads may be at work
 
 
 def test_a_caller_that_is_busy_is_not_run_ahead_of(source: Mixture, monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ from cjepa_fast.ops._float8 import float8_linear, quantise_rows, require_float8
 from cjepa_fast.ops._linear import linear
 from cjepa_fast.ops._masks import mask_sampler, mask_workspace, sample_masks, sample_masks_on_gpu
 from cjepa_fast.ops._prediction_loss import prediction_loss
+from cjepa_fast.ops._resize import resize_images
 from cjepa_fast.ops._token_gather import patch_embed, predictor_rows, predictor_tokens, sequence_offsets
 from cjepa_fast.ops._variance_covariance import variance_covariance
 
@@ -32,6 +33,7 @@ __all__ = [
     "require",
     "require_attention",
     "require_float8",
+    "resize_images",
     "sample_masks",
     "sample_masks_on_gpu",
     "sequence_offsets",

@@ -1,0 +1,34 @@
+"""Images resized to squares on a CPU: by the C++ library, or by torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from cjepa_fast import native
+from cjepa_fast.ops._choice import announce
+
+tell_once = functools.cache(announce)
+
+
+def resize_images(images: Sequence[np.ndarray], size: int, threads: int = 1) -> np.ndarray:
+    """Images of any sizes, C-contiguous uint8 [h, w, 3], as squares: uint8 [n, size, size, 3].
+
+    Bilinear with antialias, rounded to eight bits after columns and after rows, with Pillow's arithmetic. Without the
+    library torch does it, in threads of its own, and the log says why; its pixels differ by one level at most.
+    """
+    reason = native.why_unavailable()
+    if reason is None:
+        return native.resize(images, size, threads)
+    tell_once("resize", "torch", reason)
+    out = np.empty((len(images), size, size, 3), dtype=np.uint8)
+    for image, square in zip(images, out, strict=True):
+        # [1, 3, h, w] with channels last, for which there is a fast path whose result lies the same way
+        channels_first = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+        resized = interpolate(channels_first, size=(size, size), mode="bilinear", antialias=True)
+        square[:] = resized[0].permute(1, 2, 0).numpy()
+    return out
