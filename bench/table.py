@@ -30,10 +30,12 @@ def table(results: Path) -> str:
 def steps(record: Row) -> str:
     where = record["environment"]
     device = where["gpu"] or f"{where['cpu']} CPU, {where['threads']} threads"
-    models = " ".join(dict.fromkeys(row["model"] for row in record["rows"]))
+    models, masks = (" ".join(dict.fromkeys(row[key] for row in record["rows"])) for key in ("model", "masks"))
+    command = f"python -m bench.step --models {models} --batch {record['batch']}"
+    command += "" if masks == "fixed" else f" --masks {masks}"
     lines = [
         f"A training step, {device}, {record['precision']}, batch {record['batch']}, torch {where['torch']}, commit "
-        f"{where['commit']} (`python -m bench.step --models {models} --batch {record['batch']}`):",
+        f"{where['commit']} (`{command}`):",
         "",
         "| ViT | ours, images/s | x `eager` | x `tuned` | of the best matrix product's rate |",
         "| --- | --: | --: | --: | --: |",
