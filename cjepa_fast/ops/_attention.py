@@ -316,11 +316,12 @@ def _padded(
     """Packed sequences by plain torch: pad to the longest, mask, undo; nothing waits for the device."""
 
     def places(side: _Side, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [B, K] of each sequence, with one row too far for the padding; [B, 1] lengths, and which are too long."""
+        """Rows [B, K] of each sequence, one row too far for the padding; [B, 1] lengths, and which are too long."""
         starts, limit = side.starts(rows)
         lengths, longest = starts.diff()[:, None], limit
         if rows.device.type == "cpu" and len(lengths) and not torch.compiler.is_compiling():
-            longest = min(limit, max(1, int(lengths.max())))  # the host knows it, and work grows with its square
+            # the host knows it, and work grows with its square; numpy() would refuse rows on a GPU, not wait for them
+            longest = min(limit, max(1, int(lengths.numpy().max())))
         position = torch.arange(longest, device=rows.device)
         within = torch.where(position < lengths, starts[:-1, None] + position, side.flat(rows).shape[0])
         return within, lengths, lengths > limit
