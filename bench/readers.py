@@ -8,6 +8,7 @@ cheaper for them. The same images lie ready as files, tar shards and parquet, an
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import importlib
@@ -323,7 +324,7 @@ def _resized(image: Tensor, window: tuple[int, int, int, int], size: int) -> Ten
     return torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)
 
 
-class Files(Dataset[Any]):
+class Files(Dataset[Any], abc.ABC):
     """Image files, made into one training view each by `view`."""
 
     def __init__(self, images: Images) -> None:
@@ -337,9 +338,9 @@ class Files(Dataset[Any]):
         with open(self.paths[i], "rb") as file:
             return self.view(file.read())
 
+    @abc.abstractmethod
     def view(self, encoded: bytes) -> Any:
         """float32 [3, size, size], normalised, or uint8 [size, size, 3]."""
-        raise NotImplementedError
 
 
 class Pillow(Files):
@@ -449,8 +450,9 @@ class OpenCV(Files):
 class _Decoded(Files):
     """libjpeg-turbo's pixels, then torch's resize."""
 
+    @abc.abstractmethod
     def decode(self, encoded: bytes) -> np.ndarray:
-        raise NotImplementedError
+        """uint8 [height, width, 3]."""
 
     def view(self, encoded: bytes) -> Tensor:
         pixels = torch.from_numpy(self.decode(encoded))
