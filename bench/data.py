@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from bench import run
-from bench.readers import MEAN, STD, Files, Images, lay_out, random_window, read_jpegs, readers, synthetic_jpegs
+from bench.readers import MEAN, STD, Images, Pillow, lay_out, random_window, read_jpegs, readers, synthetic_jpegs
 from bench.waits import waits_in_training
 from cjepa_fast.errors import UserError
 from cjepa_fast.images import MAX_PIXELS
@@ -96,7 +96,7 @@ def look_with_pillow(images: Images, count: int) -> Seen:
     """The truth: random crops by Pillow, resized with antialias."""
     from PIL import Image
 
-    paths, views = Files(images).paths, []
+    paths, views = Pillow(images).paths, []
     for i in np.random.default_rng(1).permutation(len(paths))[:count]:
         with Image.open(paths[i]) as image:
             top, left, h, w = random_window(image.height, image.width)
