@@ -151,7 +151,7 @@ _NO_MARKER[[0x00, *range(0xD0, 0xD8), 0xFF]] = True
 
 
 def _jpeg(data: bytes, max_pixels: int, thorough: bool) -> Header:
-    at, orientation, frame, process, busy = 2, 1, b"", 0, False
+    at, orientation, upright, frame, process, busy = 2, 1, False, b"", 0, False
     for _ in range(_MAX_SEGMENTS):
         fill, marker = _bytes(data, at, 2)
         if fill != 0xFF:
@@ -177,12 +177,16 @@ def _jpeg(data: bytes, max_pixels: int, thorough: bool) -> Header:
             exif = _bytes(data, at + 4, length - 2)
             if exif.startswith(b"Exif\0\0"):  # the last of several counts
                 with contextlib.suppress(_Short):  # damaged metadata does not spoil a JPEG
-                    orientation = _orientation(exif[6:]) or orientation
+                    said = _orientation(exif[6:])
+                    upright |= said is not None and said < 5
+                    orientation = said or orientation
         at += 2 + length
     else:
         raise BadImage("damaged", f"more than {_MAX_SEGMENTS:,} JPEG segments")
     if not frame:
         raise BadImage("damaged", "a JPEG without a frame header")
+    if upright and orientation >= 5:  # DALI decodes the whole image, but no window of it
+        raise BadImage("damaged", "its EXIF blocks disagree on its orientation")
     height, width = struct.unpack(">HH", frame[1:5])
     header = _header(_JPEG, width, height, max_pixels, orientation)
     if thorough:
@@ -249,7 +253,7 @@ def _jpeg_end(data: bytes, scan: int) -> int:
 
 
 def _orientation(exif: bytes, *, strict: bool = False) -> int | None:
-    """The orientation in the first directory of an EXIF block (its TIFF part), None if it has none.
+    """The orientation in the first directory of an EXIF block (its TIFF part); None without, 0 if it is out of range.
 
     Raises:
         _Short: the directory leaves the block; with `strict`, also where a value does.
@@ -268,7 +272,7 @@ def _orientation(exif: bytes, *, strict: bool = False) -> int | None:
             _bytes(exif, place + length - 1, 1)
         if tag == 0x112 and found is None and kind in _EXIF_INTEGERS:
             (found,) = struct.unpack_from(order + _EXIF_INTEGERS[kind], entry, 8)
-    return found if found in range(1, 9) else None
+    return found if found is None or found in range(1, 9) else 0
 
 
 _EXIF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # bytes of a value, per type

@@ -41,9 +41,9 @@ def jpeg(seed: int = 0, height: int = H, width: int = W) -> bytes:
     return encode(picture(seed, height, width), "JPEG", quality=90)
 
 
-def exif(orientation: int, entries: int = 1) -> bytes:
+def exif(orientation: int, entries: int = 1, tag: int = 0x112) -> bytes:
     """An EXIF block whose directory claims `entries`, of which one is there."""
-    return struct.pack("<4sIHHHIHHI", b"II*\0", 8, entries, 0x112, 3, 1, orientation, 0, 0)
+    return struct.pack("<4sIHHHIHHI", b"II*\0", 8, entries, tag, 3, 1, orientation, 0, 0)
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -114,11 +114,24 @@ def image_cases() -> dict[str, Case]:
         "jpeg turned by EXIF": Case(content=encode(picture(), "JPEG", exif=turned), outcome=("JPEG", W, H)),
         "jpeg EXIF 3": Case(content=small[:2] + segment + exif(3) + small[2:], outcome=sound),
         "jpeg EXIF 9": Case(content=small[:2] + segment + exif(9) + small[2:], outcome=sound),
-        "jpeg two EXIF, last counts": Case(
-            content=small[:2] + segment + exif(1) + segment + exif(6) + small[2:], outcome=("JPEG", W, H)
+        "jpeg two EXIF alike": Case(
+            content=small[:2] + 2 * (segment + exif(6)) + small[2:], outcome=("JPEG", W, H)
         ),
         "jpeg two EXIF, the last says upright": Case(
             content=small[:2] + segment + exif(6) + segment + exif(1) + small[2:], outcome=sound
+        ),
+        "jpeg two EXIF, the last says nothing": Case(
+            content=small[:2] + segment + exif(6) + segment + exif(1, tag=0x100) + small[2:], outcome=("JPEG", W, H)
+        ),
+        "jpeg two EXIF, the last turns": Case(
+            content=small[:2] + segment + exif(1) + segment + exif(6) + small[2:],
+            outcome=("damaged", "its EXIF blocks disagree on its orientation"),
+            dali="decodes",
+        ),
+        "jpeg two EXIF, the last is out of range": Case(
+            content=small[:2] + segment + exif(6) + segment + exif(9) + small[2:],
+            outcome=("damaged", "its EXIF blocks disagree on its orientation"),
+            dali="decodes",
         ),
         "jpeg damaged EXIF": Case(content=small[:2] + damaged_exif + small[2:], outcome=sound),
         "jpeg named .png": Case(content=small, outcome=sound, file="image.png"),
