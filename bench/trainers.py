@@ -104,13 +104,14 @@ class Ours:
 
     def __init__(self, networks: Networks, c: Config, device: torch.device) -> None:
         self.networks, self.device, self.unions = networks, device, train.needs_unions(c)
+        self.compile = c.runtime.compile
         self.note = train.compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
         self.optimizer, self.weights = train.build_optimizer(c, networks, sharded=False), train.loss_weights(c)
 
     def batch(self, images: Tensor, masks: Masks) -> Batch:
         if not self.unions:
             masks = masks._replace(union=None, union_offsets=None, target_slot=None)
-        return images.to(self.device), [masks.to(self.device)]
+        return images.to(self.device), [train.place_masks(masks, self.compile, self.device)]
 
     def gradients(self, batch: Batch, mark: Mark = no_mark) -> Tensor | float:
         images, masks = batch

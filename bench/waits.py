@@ -99,8 +99,9 @@ def training_step(c: config.Config, device: torch.device) -> tuple[Callable[[Any
     counter = itertools.count()
 
     def step(batch: Any) -> None:
-        masks = sampler.sample_parts(next(counter), batch.ids, c.runtime.accumulate, union=unions)
-        forward_backward(networks, batch.images, [part.to(device) for part in masks], weights)
+        parts = sampler.sample_parts(next(counter), batch.ids, c.runtime.accumulate, union=unions)
+        masks = [train.place_masks(part, c.runtime.compile, device) for part in parts]
+        forward_backward(networks, batch.images, masks, weights)
         optimizer.step(momentum=c.optim.ema)
         optimizer.zero_grad()
         if device.type == "cuda":

@@ -59,6 +59,17 @@ class Masks(NamedTuple):
 
         return Masks(*(None if tensor is None else copy(tensor) for tensor in self))  # pyright: ignore[reportArgumentType]
 
+    def without_padding(self) -> Masks:
+        """Views of packed lists that end with their last entry, whose place the host reads: of no length twice."""
+
+        def cut(entries: torch.Tensor | None, offsets: torch.Tensor | None) -> torch.Tensor | None:
+            return entries if entries is None or offsets is None else entries[: int(offsets[-1])]
+
+        return self._replace(
+            context=cut(self.context, self.offsets), image_of=cut(self.image_of, self.offsets),
+            union=cut(self.union, self.union_offsets),
+        )  # fmt: skip
+
 
 def _area(word: int, patches: int, scale: Range) -> int:
     return int(patches * (scale[0] + word / _WORD * (scale[1] - scale[0])))

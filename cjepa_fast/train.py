@@ -31,7 +31,7 @@ from cjepa_fast.cache import cached_folder
 from cjepa_fast.demo_data import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.errors import UserError
 from cjepa_fast.losses import Projector
-from cjepa_fast.masks import MultiBlockSampler
+from cjepa_fast.masks import Masks, MultiBlockSampler
 from cjepa_fast.meter import Meter
 from cjepa_fast.probe import Probe
 from cjepa_fast.run import CHECKPOINTS, INDEX, RunDirectory, refuse_existing, require_sinks
@@ -220,7 +220,7 @@ def train(command: cli.Command, world: config.World) -> int:
         # the last steps of an interval show the health figures every row of the target encoder
         whole = any(ends_interval(step + ahead) for ahead in range(1, meter.window + 1))
         masks = sampler.sample_parts(step, batch.ids, c.runtime.accumulate, union=unions and not whole)
-        masks = [part.to(device) for part in masks]
+        masks = [place_masks(part, c.runtime.compile, device) for part in masks]
         out = take_step(batch.images, masks, schedule.apply(optimizer, step))
         meter.add(out, batch.wait_ms)
 
@@ -349,6 +349,14 @@ def build_sampler(c: config.Config) -> MultiBlockSampler:
         target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
         min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
     )  # fmt: skip
+
+
+def place_masks(masks: Masks, compiled: str, device: torch.device) -> Masks:
+    """The masks on `device`; on a CPU without padding, which only keeps shapes few for a compiler (`runtime.compile`),
+    and a graph.
+    """
+    masks = masks.to(device)
+    return masks.without_padding() if device.type == "cpu" and compiled != "on" else masks
 
 
 def needs_unions(c: config.Config) -> bool:

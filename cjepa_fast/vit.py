@@ -253,7 +253,7 @@ class Attention(nn.Module):
         out = ops.attention(
             qkv, self.heads, query=query, offsets=layout.offsets, max_length=layout.max_length,
             query_offsets=queries.offsets, max_query_length=queries.max_length, target_blocks=layout.target_blocks,
-            impl=self.impl,
+            impl=self.impl, or_auto=True,
         )  # fmt: skip
         return self.proj(out if wanted is None or chosen is not None else wanted.of(out))
 

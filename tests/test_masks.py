@@ -608,6 +608,23 @@ def test_maps_lead_back_to_the_patches(grid: int | tuple[int, int], mode: str) -
             assert torch.equal(listed[masks.target_slot[image].long()], masks.target[image])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_without_padding(mode: str) -> None:
+    """What is left is what was there, in the same memory."""
+    masks = make(mode).sample(3, range(16), union=True)
+    exact = masks.without_padding()
+    assert exact.union is not None and masks.union is not None and masks.union_offsets is not None
+    assert (exact.union >= 0).all() and (masks.union[len(exact.union) :] == -1).all()
+    assert len(exact.union) == masks.union_offsets[-1] and exact.union.data_ptr() == masks.union.data_ptr()
+    if mode == "packed":
+        assert masks.offsets is not None and exact.image_of is not None and masks.image_of is not None
+        assert len(exact.context) == len(exact.image_of) == masks.offsets[-1] < len(masks.context)
+        assert (exact.context >= 0).all() and exact.image_of.data_ptr() == masks.image_of.data_ptr()
+    else:
+        assert exact.context is masks.context and exact.image_of is None
+    assert exact.target is masks.target and exact.target_slot is masks.target_slot
+
+
 def test_mean_size_of_the_union() -> None:
     """Published simulations: 87.3, 115.3 and 355 patches; theirs vary with the block sizes they happened to draw."""
     for side, union in ((14, 87.3), (16, 115.3), (28, 355)):

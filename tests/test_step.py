@@ -152,9 +152,22 @@ def test_cuts_save_work(cut: str) -> None:
         expected = 3 * 6 * narrow**2 * (BATCH * kept * (blocks - 1) + BATCH * blocks * length - patches)
     else:
         expected = (BATCH * patches - len(masks[0].union)) * after * width**2
-        # attention is padded to the longest union here, where packed rows have no kernel of their own
-        expected += BATCH * (patches - int(masks[0].union_offsets.diff().max())) * 4 * patches * width
+        expected += (BATCH * patches - int(masks[0].union_offsets[-1])) * 4 * patches * width  # attention, of queries
     assert saved == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "packed"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_padding_is_not_missed(mode: str, parts: int) -> None:
+    padded, exact = (networks(dtype=torch.float64) for _ in range(2))
+    images, masks = batch(0, mode=mode, union=True, parts=parts)
+    shorter = [part.without_padding() for part in masks]
+    assert all(len(b.union) == b.union_offsets[-1] < len(a.union) for a, b in zip(masks, shorter, strict=True))
+    if mode == "packed":
+        assert all(len(b.context) == len(b.image_of) < len(a.context) for a, b in zip(masks, shorter, strict=True))
+    same_step(
+        padded, exact, *(forward_backward(net, images, m, WEIGHTS) for net, m in ((padded, masks), (exact, shorter)))
+    )
 
 
 @pytest.mark.parametrize("shared_context", [False, True])

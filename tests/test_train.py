@@ -25,8 +25,10 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from cjepa_fast import checkpoint, config
+from cjepa_fast.masks import Masks
+from cjepa_fast.ops import _choice
 from cjepa_fast.presets import PRESETS
-from cjepa_fast.train import InterruptFlag, build_sampler, cleaning_up, compile_blocks, main
+from cjepa_fast.train import InterruptFlag, build_sampler, cleaning_up, compile_blocks, main, place_masks
 from cjepa_fast.views import epoch_order
 from runs import metrics, without_clocks, write_images
 
@@ -208,7 +210,7 @@ def test_speed_settings_change_nothing(
     images: Path, straight: Path, tmp_path: Path, setting: Sequence[str], tolerance: float
 ) -> None:
     low = ["--model.precision", "bf16"] if "bf16" in setting else []
-    slow = {"bf16", "triton", "--runtime.compile", "--runtime.attention"} & set(setting)
+    slow = {"bf16", "triton", "--runtime.compile"} & set(setting)
     # a predictor of 4 heads of 24, which the attention kernel takes
     steps = ["--optim.steps", "2", "--model.predictor-width", "96"] if slow else []
     if "--runtime.compile" in setting:  # one block size: every further one costs the C++ compiler seconds
@@ -231,6 +233,30 @@ def test_speed_settings_change_nothing(
     theirs = run(images, tmp_path / "plain", *steps, *low) if steps else metrics(straight)
     for a, b in zip(theirs, ours, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance, abs=0), f"step {a['step']}"
+
+
+def test_attention_that_takes_no_packed_rows(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It leaves those of the target encoder's last block to auto, and says so."""
+    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 8)  # else the health figures would want whole outputs
+    options = ["--run.log-every", "4", "--optim.steps", "4", "--optim.warmup-epochs", "0"]
+    (plain,) = run(images, tmp_path / "plain", *options)
+    _choice.announce.cache_clear()
+    (line,) = run(images, tmp_path / "run", *options, "--runtime.attention", "sdpa_flash")
+    assert line["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert "attention (packed): sdpa (the tensors are on cpu; sdpa_flash, asked for, cannot run: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("compiled", "device", "shorter"), [("auto", "cpu", True), ("on", "cpu", False), ("auto", "meta", False)]
+)
+def test_padding_is_left_where_it_keeps_shapes_few(compiled: str, device: str, shorter: bool) -> None:
+    sampler = build_sampler(config.replace(PRESETS["demo"], {"mask.mode": "packed", "mask.context_keep": None}))
+    masks = sampler.sample(0, range(8))
+    if device == "meta":
+        masks = Masks(*(None if mask is None else mask.to(device) for mask in masks))
+    assert (len(place_masks(masks, compiled, torch.device(device)).context) < len(masks.context)) == shorter
 
 
 def test_the_compiler_takes_the_shapes_of_all_presets() -> None:

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ def attention(
     qkv: Tensor, heads: int, *, query: Tensor | None = None,
     offsets: Tensor | None = None, max_length: int | None = None,
     query_offsets: Tensor | None = None, max_query_length: int | None = None,
-    target_blocks: tuple[int, int] | None = None, impl: str = "auto",
+    target_blocks: tuple[int, int] | None = None, impl: str = "auto", or_auto: bool = False,
 ) -> Tensor:  # fmt: skip
     """softmax(Q K^T / sqrt(d)) V for each head of each sequence, every token seeing every other: no causal mask.
 
@@ -55,30 +55,39 @@ def attention(
         query: [B, Kq, D] or packed [Tq, D], in qkv's dtype.
         offsets: int32 [B + 1] on qkv's device, from 0, ascending, at most T.
         max_length: at least the longest sequence. A longer one is an error that shows as NaN in its output (in the
-            Triton and eager implementations), as it does if a sequence is too short for its target blocks.
+            Triton and eager implementations), as it does if a sequence is too short for its target blocks; where the
+            host knows the lengths, it is a ValueError.
         query_offsets, max_query_length: the same of packed queries.
         target_blocks: see above; not with `query`.
         impl: "auto"; "triton" (d in 24, 32, 64, 80, 88, 128; at most 1024 keys; fp32, bf16, fp16; deterministic);
             "eager" (materialised softmax in plain torch, packed sequences padded to max_length, on a CPU to the longest
             there is; everything);
-            "sdpa" (torch.nn.functional.scaled_dot_product_attention, kernel chosen by torch), "sdpa_cudnn",
-            "sdpa_flash", "sdpa_efficient" (one of its kernels; no packed sequences); "xformers"
-            (memory_efficient_attention, reads offsets on the host); "varlen" (torch.nn.attention.varlen). "auto" on
-            CUDA takes the fastest in `MEASURED`; without a measurement, and on other devices, sdpa for plain sequences
-            of one length, else Triton, else eager. The choice and its reason are logged once.
+            "sdpa" (torch.nn.functional.scaled_dot_product_attention, kernel chosen by torch; packed sequences one by
+            one, on a CPU and uncompiled, where the host knows their lengths), "sdpa_cudnn", "sdpa_flash",
+            "sdpa_efficient" (one of its kernels; no packed sequences); "xformers" (memory_efficient_attention, reads
+            offsets on the host); "varlen" (torch.nn.attention.varlen). "auto" on CUDA takes the fastest in `MEASURED`;
+            without a measurement sdpa for plain sequences of one length, else Triton, else eager. On other devices
+            sdpa where it can run, else eager. The choice and its reason are logged once.
+        or_auto: packed sequences and target blocks that `impl` cannot run are left to "auto".
 
     Returns [B, K, D] or [T, D], contiguous rows [heads, d]; with `query`, of query's shape.
 
     Raises UserError if impl is unknown or cannot run; ValueError if shapes, dtypes or devices do not match.
     """
+    # not to the compiler, whose program must hold for all lengths
+    known = qkv.device.type == "cpu" and not torch.compiler.is_compiling()
     width = _check(qkv, heads, query, offsets, max_length, query_offsets, max_query_length, target_blocks)
     packed, structured = offsets is not None or query_offsets is not None, target_blocks is not None
     longest = max_length if offsets is not None else qkv.shape[1]
     assert longest is not None
     head_dim = operator.index(width // heads)  # to the compiler a constant, which it is for a model
     backend = choose_attention(
-        impl, qkv.device.type, qkv.device.index, str(qkv.dtype), head_dim, _bucket(longest), packed, structured
-    )
+        impl, qkv.device.type, qkv.device.index, str(qkv.dtype), head_dim, _bucket(longest), packed, structured, known,
+        or_auto,
+    )  # fmt: skip
+    if packed and backend == "sdpa":
+        sides = _Side(query_offsets, max_query_length), _Side(offsets, max_length)
+        return _one_by_one(qkv, heads, query, *sides, target_blocks)
     if backend == "triton":
         with_lse = torch.is_grad_enabled() and (qkv.requires_grad or (query is not None and query.requires_grad))
         out, _ = _attention(
@@ -114,7 +123,7 @@ def require_attention(
     if impl == "auto":
         return
     for head_dim in head_dims:
-        if why := _obstacle(impl, device_type, str(dtype), head_dim, _bucket(length), False, False):
+        if why := _obstacle(impl, device_type, str(dtype), head_dim, _bucket(length), False, False, False):
             raise UserError(f"runtime.attention: {impl} cannot run: {why}; use auto")
 
 
@@ -125,21 +134,25 @@ def _bucket(length: int) -> int:
 
 
 def choose_attention(
-    impl: str, device: str, index: int | None, dtype: str, head_dim: int, bucket: int, packed: bool, structured: bool
-) -> str:
-    """Which back-end runs; `bucket` is the one of `TOKENS` that holds the longest sequence, 0 for longer ones."""
+    impl: str, device: str, index: int | None, dtype: str, head_dim: int, bucket: int, packed: bool, structured: bool,
+    known: bool, or_auto: bool = False,
+) -> str:  # fmt: skip
+    """Which back-end runs; `bucket` is the one of `TOKENS` that holds the longest sequence, 0 for longer ones, `known`
+    whether the host may read the lengths of packed ones.
+    """
     if impl not in ("auto", *BACKENDS):
         raise UserError(f"unknown impl {impl!r} for attention; known: auto, {', '.join(BACKENDS)}")
 
     def obstacle(backend: str) -> str | None:
-        return _obstacle(backend, device, dtype, head_dim, bucket, packed, structured)
+        return _obstacle(backend, device, dtype, head_dim, bucket, packed, structured, known)
 
-    if impl != "auto":
-        if why := obstacle(impl):
-            raise UserError(f"impl={impl!r} cannot run attention: {why}; take another impl or 'auto'")
+    hindrance = None if impl == "auto" else obstacle(impl)
+    if hindrance and not (or_auto and (packed or structured)):
+        raise UserError(f"impl={impl!r} cannot run attention: {hindrance}; take another impl or 'auto'")
+    if impl != "auto" and not hindrance:
         choice, reason = impl, "asked for"
     elif device != "cuda":
-        choice, reason = "eager" if packed else "sdpa", f"the tensors are on {device}"
+        choice, reason = "eager" if obstacle("sdpa") else "sdpa", f"the tensors are on {device}"
     else:
         name = gpu_name(index)
         measured = MEASURED.get(name, {}).get((bucket, head_dim), ()) if dtype != "torch.float32" else ()
@@ -152,6 +165,8 @@ def choose_attention(
             reason = f"no measurement for {name}"
             if choice != default[0]:
                 reason += f"; {default[0]} cannot run: {obstacle(default[0])}"
+    if hindrance:
+        reason += f"; {impl}, asked for, cannot run: {hindrance}"
     form = ", ".join(word for word, holds in (("packed", packed), ("structured", structured)) if holds)
     announce(f"attention ({form})" if form else "attention", choice, reason)
     return choice
@@ -166,7 +181,7 @@ def gpu_name(index: int | None) -> str:
 
 
 def _obstacle(
-    backend: str, device: str, dtype: str, head_dim: int, bucket: int, packed: bool, structured: bool
+    backend: str, device: str, dtype: str, head_dim: int, bucket: int, packed: bool, structured: bool, known: bool
 ) -> str | None:
     """Why a back-end cannot run; None if it can."""
     name = dtype.removeprefix("torch.")
@@ -182,7 +197,7 @@ def _obstacle(
             return f"head width {head_dim} is not among {', '.join(map(str, TRITON_HEAD_DIMS))}"
         return None if bucket else f"sequences are longer than {TOKENS[-1]} tokens"
     if backend.startswith("sdpa"):
-        if packed:
+        if packed and not (known and backend == "sdpa"):
             return "packed sequences would have to be padded"
         if backend == "sdpa" or (backend == "sdpa_flash" and device == "cpu"):
             return None
@@ -308,6 +323,35 @@ def _materialised(q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, mask: 
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1) @ v
+
+
+def _one_by_one(
+    qkv: Tensor, heads: int, query: Tensor | None, queries: _Side, keys: _Side, target_blocks: tuple[int, int] | None
+) -> Tensor:
+    """Packed sequences whose lengths the host knows, a call each: no work for padding."""
+
+    def parts(rows: Tensor, side: _Side) -> Sequence[Tensor]:
+        if side.offsets is None:
+            return rows.unbind()
+        lengths = side.offsets.diff().tolist()
+        if (longest := max(lengths, default=0)) > (side.max_length or 0):
+            raise ValueError(f"a sequence has {longest} rows, more than the {side.max_length} that it may have")
+        return rows[: sum(lengths)].split(lengths)  # whose gradient is one concatenation, unlike that of slices
+
+    def attend(rows: Tensor, own: Tensor | None) -> Tensor:
+        if not len(rows):
+            return rows[:, : rows.shape[1] // 3] if own is None else torch.zeros_like(own)
+        own = None if own is None else own[None]
+        return attention(rows[None], heads, query=own, target_blocks=target_blocks, impl="sdpa")[0]
+
+    sequences = parts(qkv, keys)
+    own = [None] * len(sequences) if query is None else parts(query, queries)
+    out = [attend(*each) for each in zip(sequences, own, strict=True)]
+    if query is not None and queries.offsets is None:
+        return torch.stack(out)
+    like = qkv[:, : qkv.shape[1] // 3] if query is None else query
+    out = out or [like[:0]]  # keeps the gradient, of zeros, where there is no sequence
+    return torch.cat([*out, torch.zeros_like(like[sum(map(len, out)) :])])
 
 
 def _padded(
