@@ -178,8 +178,7 @@ class RuntimeConfig:
     attention: Literal[
         "auto", "triton", "eager", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "varlen"
     ] = "auto"
-    """Implementation of attention, where it can run: packed rows are left to auto by most. auto takes what was measured
-    to be fastest on this GPU, else sdpa."""
+    """Implementation of attention; most leave packed rows to auto, which takes what was measured to be fastest."""
     cuda_graph: Literal["off", "on"] = "off"
     """on replays each step as one CUDA graph per block size: for small models on one GPU; not yet run on a GPU."""
     masks: Literal["auto", "native", "numpy", "cuda"] = "auto"

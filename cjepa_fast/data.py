@@ -559,19 +559,29 @@ def _diagnose(source: Mixture, failed: _Failed, options: _Options, failures: int
     Returns if it is worth trying again. What no image explains is tried thrice, storage that is gone is waited for.
     """
     for request in failed.requests:
-        if len(request.unread) == len(set(request.ids.tolist())) > 1:
-            what = f"{next(iter(request.unread.values()))}. No image of its batch can be read: is the storage gone?"
+        faults = _unread(source, request) if request.unread else _faults(source, request, options)
+        if request.unread and len(faults) == len(set(request.ids.tolist())) > 1:
+            what = f"{next(iter(faults.values()))}. No image of its batch can be read: is the storage gone?"
             if failures > len(_PAUSES):
                 raise UserError(f"{what} Go on with --resume when it is back")
             log.warning("%s Trying again in %g s", what, _PAUSES[failures - 1])
             time.sleep(_PAUSES[failures - 1])
             return
-        if faults := request.unread or _faults(source, request, options):
+        if faults:
             bad.settle(faults)
             return
     if failures > len(_PAUSES):
         raise failed.error or UserError("images could not be read, and can be now; go on with --resume")
-    log.warning("a batch failed although each of its images is sound; trying again (%s)", failed.error)
+    why = failed.error or "some could not be read"
+    log.warning("a batch failed although each of its images is sound now; trying again (%s)", why)
+
+
+def _unread(source: Mixture, request: _Request) -> dict[int, str]:
+    """Why images of a request cannot be read, by id, asked anew: storage that went while they were read, and gave some
+    of them, or that is back by now, is no fault of theirs.
+    """
+    again = itertools.chain.from_iterable(source.read_many(request.ids[k : k + 1]) for k in range(len(request.ids)))
+    return {error.sample: str(error) for error in again if isinstance(error, SampleError)}
 
 
 def _faults(source: Mixture, request: _Request, options: _Options) -> dict[int, str]:

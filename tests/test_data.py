@@ -541,6 +541,33 @@ def test_storage_that_is_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.
     assert slept[2:] == [1.0, 5.0, 30.0] and not bad.ids
 
 
+@pytest.mark.parametrize("back", ["after a pause", "at once"])
+def test_storage_that_goes_while_a_batch_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str):
+    """Some of its images came, yet those that did not are no bad ones."""
+    (tmp_path / "data").mkdir()
+    source, _ = twelve(tmp_path / "data", epoch_position=0)
+    sound = images_by_step(source, batch_size=4)
+    read_many, sizes = source.read_many, []
+
+    def move(there: str, here: str) -> None:
+        (tmp_path / there).rename(tmp_path / here)
+
+    def read(ids: np.ndarray) -> list:
+        found = read_many(ids)
+        sizes.append(len(ids))
+        if len(sizes) == 3:  # a batch is read in two parts: the first of the second batch came
+            move("data", "gone")
+        if len(sizes) == 4 and back == "at once":
+            move("gone", "data")
+        return found
+
+    monkeypatch.setattr(source, "read_many", read)
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: move("gone", "data"))
+    bad = BadImages(source, "skip")
+    assert_same(sound, images_by_step(source, batch_size=4, bad=bad))
+    assert not bad.ids and sizes[:4] == [2, 2, 2, 2] and (tmp_path / "data").exists()
+
+
 def test_storage_errors_that_pass_are_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
