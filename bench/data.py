@@ -449,7 +449,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--window", type=float, help="seconds that a round times a reader [1, with --quick 0.2]")
     parser.add_argument("--preset", nargs="+", help="whose steps wait for data [by device]")
     parser.add_argument("--steps", type=int, help="timed of each preset [40, with --quick 6]")
-    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="for the presets [auto]")
+    parser.add_argument("--compile", choices=("auto", "static", "dynamic", "off"), default="auto",
+                        help="for the presets [auto]")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after this [no limit]")
     parser.add_argument("--json", type=Path, help="append one JSON object a line, as results come")
     parser.add_argument("--markdown", type=Path, help="write tables")

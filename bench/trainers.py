@@ -105,7 +105,7 @@ class Ours:
     def __init__(self, networks: Networks, c: Config, device: torch.device) -> None:
         self.networks, self.device, self.unions = networks, device, train.needs_unions(c)
         self.compile = c.runtime.compile
-        self.note = train.compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
+        self.note = train.compile_blocks(networks, c.runtime.compile, device, c.mask.mode)
         self.optimizer, self.weights = train.build_optimizer(c, networks, sharded=False), train.loss_weights(c)
 
     def batch(self, images: Tensor, masks: Masks) -> Batch:

@@ -93,7 +93,7 @@ def training_step(c: config.Config, device: torch.device) -> tuple[Callable[[Any
     ops.require(c.runtime.kernels, device.type)
     torch.manual_seed(c.seed)
     networks = train.build_networks(c).to(device)
-    compiled = train.compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
+    compiled = train.compile_blocks(networks, c.runtime.compile, device, c.mask.mode)
     optimizer, weights = train.build_optimizer(c, networks, sharded=False), train.loss_weights(c)
     sampler, unions = train.build_sampler(c), train.needs_unions(c)
     counter = itertools.count()

@@ -171,8 +171,8 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto compiles on a GPU."""
+    compile: Literal["auto", "static", "dynamic", "off"] = "auto"
+    """torch.compile, a program per shape (static) or one for all; auto: off on a CPU, dynamic where contexts vary."""
     kernels: Literal["auto", "triton", "eager"] = "auto"
     """Implementation of the fused operations; auto takes Triton on a GPU."""
     attention: Literal[

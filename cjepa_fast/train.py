@@ -145,7 +145,7 @@ def train(command: cli.Command, world: config.World) -> int:
     if saving.checkpoint:  # what compiles and shards comes after: both then see the recomputation
         for block in (*networks.encoder.blocks, *networks.predictor.predictor_blocks):
             distributed.checkpoint_activations(block)
-    compiled = compile_blocks(networks, c.runtime.compile, device, static=c.mask.mode != "faithful")
+    compiled = compile_blocks(networks, c.runtime.compile, device, c.mask.mode)
     mesh = distributed.mesh(device.type, config.shard_size(c, world))
     shard_networks(networks, mesh, unit=c.runtime.fsdp_blocks, reshard=saving.reshard)
     optimizer, weights = build_optimizer(c, networks, sharded=world.size > 1), loss_weights(c)
@@ -352,11 +352,11 @@ def build_sampler(c: config.Config) -> MultiBlockSampler:
 
 
 def place_masks(masks: Masks, compiled: str, device: torch.device) -> Masks:
-    """The masks on `device`; on a CPU without padding, which only keeps shapes few for a compiler (`runtime.compile`),
-    and a graph.
+    """The masks on `device`; on a CPU without padding, which only keeps shapes few where each has a program or a graph
+    of its own (`compiled`, as `runtime.compile` says).
     """
     masks = masks.to(device)
-    return masks.without_padding() if device.type == "cpu" and compiled != "on" else masks
+    return masks.without_padding() if device.type == "cpu" and compiled != "static" else masks
 
 
 def needs_unions(c: config.Config) -> bool:
@@ -390,20 +390,24 @@ def loss_weights(c: config.Config) -> LossWeights:
     )  # fmt: skip
 
 
-def compile_blocks(networks: Networks, wanted: str, device: torch.device, *, static: bool) -> str:
-    """Applies torch.compile to every transformer block, if wanted; returns what was chosen and why.
+def compile_blocks(networks: Networks, wanted: str, device: torch.device, mask_mode: str) -> str:
+    """Applies torch.compile to every transformer block as `runtime.compile` wants it; returns what was chosen and why.
 
-    Block by block, because equal blocks share one compilation and FSDP2's hooks lie between them. `static`: token
-    counts take a few values only (one per block size), and each gets its own code.
+    Block by block, because equal blocks share one compilation and FSDP2's hooks lie between them. Static: each shape
+    gets a program, five for a size of the masks' blocks. Dynamic: a block has one program for all shapes, or a few.
     """
     if wanted == "off" or (wanted == "auto" and device.type == "cpu"):
         return "not compiled" + (" (auto: on a CPU compiling outlasts small runs)" if wanted == "auto" else "")
+    reason = ""
+    if wanted == "auto":
+        wanted = "dynamic" if mask_mode in ("faithful", "packed") else "static"
+        reason = f" (auto: {mask_mode} masks)"
     # beyond these, dynamo would leave further shapes uncompiled; packed masks of 28 x 28 patches make 237 of them
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     for blocks in (networks.encoder.blocks, networks.predictor.predictor_blocks, networks.target_encoder.blocks):
         for block in blocks:
-            block.compile(dynamic=False if static else None)
-    return "compiled"
+            block.compile(dynamic=wanted == "dynamic")
+    return f"compiled for {'all shapes at once' if wanted == 'dynamic' else 'each shape'}{reason}"
 
 
 def shard_networks(networks: Networks, mesh: DeviceMesh | None, *, unit: int, reshard: bool) -> None:

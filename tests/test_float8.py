@@ -193,11 +193,12 @@ def test_sharded_weights_are_rounded_where_they_are_whole(tmp_path: Path) -> Non
 
 
 @needs_scaled_rows
-def test_compiled_blocks_compute_the_same() -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_blocks_compute_the_same(dynamic: bool) -> None:
     images, _ = batch()
     plain, compiled = (networks("auto").target_encoder for _ in range(2))
     for block in compiled.blocks:
-        block.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        block.compile(dynamic=dynamic, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
     counter = torch._dynamo.utils.counters["stats"]
     before = counter["unique_graphs"]

@@ -190,7 +190,7 @@ def test_results_last_until_the_next_step() -> None:
 
 ONE_SIZE = [
     *("--mask.target-scale", "0.17", "0.17", "--mask.target-aspect", "1", "1"),
-    *("--model.precision", "bf16", "--runtime.compile", "on"),
+    *("--model.precision", "bf16", "--runtime.compile", "static"),
 ]
 
 

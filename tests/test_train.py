@@ -28,7 +28,18 @@ from cjepa_fast import checkpoint, config
 from cjepa_fast.masks import Masks
 from cjepa_fast.ops import _choice
 from cjepa_fast.presets import PRESETS
-from cjepa_fast.train import InterruptFlag, build_sampler, cleaning_up, compile_blocks, main, place_masks
+from cjepa_fast.step import forward_backward
+from cjepa_fast.train import (
+    InterruptFlag,
+    build_networks,
+    build_sampler,
+    cleaning_up,
+    compile_blocks,
+    loss_weights,
+    main,
+    needs_unions,
+    place_masks,
+)
 from cjepa_fast.views import epoch_order
 from runs import metrics, without_clocks, write_images
 
@@ -196,7 +207,8 @@ def test_two_nodes_meet_and_one_goes_on(images: Path, straight: Path, tmp_path: 
         (["--runtime.fsdp-blocks", "1"], 0),
         (["--runtime.checkpoint-activations", "on"], 0),
         (["--runtime.memory-gb", "0.001"], 0),
-        (["--runtime.compile", "on"], 1e-5),
+        (["--runtime.compile", "static"], 1e-5),
+        (["--runtime.compile", "dynamic"], 1e-5),
         (["--runtime.attention", "eager"], 1e-5),
         pytest.param(
             ["--runtime.attention", "triton"],
@@ -249,7 +261,8 @@ def test_attention_that_takes_no_packed_rows(
 
 
 @pytest.mark.parametrize(
-    ("compiled", "device", "shorter"), [("auto", "cpu", True), ("on", "cpu", False), ("auto", "meta", False)]
+    ("compiled", "device", "shorter"),
+    [("auto", "cpu", True), ("static", "cpu", False), ("dynamic", "cpu", True), ("auto", "meta", False)],
 )
 def test_padding_is_left_where_it_keeps_shapes_few(compiled: str, device: str, shorter: bool) -> None:
     sampler = build_sampler(config.replace(PRESETS["demo"], {"mask.mode": "packed", "mask.context_keep": None}))
@@ -267,13 +280,48 @@ def test_the_compiler_takes_the_shapes_of_all_presets() -> None:
     nothing = SimpleNamespace(blocks=[], predictor_blocks=[])
     networks: Any = SimpleNamespace(encoder=nothing, predictor=nothing, target_encoder=nothing)
     with limits.patch(recompile_limit=8, accumulated_recompile_limit=256):  # put back, also where it is changed within
-        assert compile_blocks(networks, "on", torch.device("cpu"), static=True) == "compiled"
+        assert compile_blocks(networks, "static", torch.device("cpu"), "fixed") == "compiled for each shape"
         least = min(limits.recompile_limit, limits.accumulated_recompile_limit)
     for name, preset in PRESETS.items():
         for mode in ("fixed", "packed"):
             sampler = build_sampler(config.replace(preset, {"mask.mode": mode, "mask.context_keep": None}))
             sizes = {sampler.block_sizes(step) for step in range(2000)}
             assert 5 * len(sizes) + 2 <= least, (name, mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("packed", "compiled for all shapes at once (auto: packed masks)"),
+        ("faithful", "compiled for all shapes at once (auto: faithful masks)"),
+        ("fixed", "compiled for each shape (auto: fixed masks)"),
+    ],
+)
+def test_programs_of_a_run(mode: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What auto would have on a GPU, and how often dynamo compiles for dynamic shapes: not once a block size."""
+    preset = {
+        "model.encoder": "vit_demo", "model.predictor_width": 48, "model.predictor_heads": 2,
+        "model.predictor_depth": 3, "model.precision": "fp32", "mask.mode": mode, "mask.context_keep": None,
+    }  # fmt: skip
+    c = config.replace(PRESETS["cjepa_vit_small16_in1k"], preset)
+    networks, sampler, weights = build_networks(c), build_sampler(c), loss_weights(c)
+    compile_module, chosen = torch.nn.Module.compile, []
+
+    def compile_quickly(self: torch.nn.Module, *, dynamic: bool) -> None:
+        chosen.append(dynamic)
+        compile_module(self, dynamic=True, backend="aot_eager")  # as Inductor does, but for the machine code
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    assert compile_blocks(networks, "auto", torch.device("cuda"), mode) == said
+    assert len(chosen) == 9 and set(chosen) == {mode != "fixed"}
+    torch._dynamo.reset()
+    programs = torch._dynamo.utils.counters["stats"]
+    before, images = programs["unique_graphs"], torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    steps = {sampler.block_sizes(step): step for step in reversed(range(60))}
+    for step in list(steps.values())[:8]:
+        masks = sampler.sample_parts(step, range(2), 1, union=needs_unions(c))
+        forward_backward(networks, images, masks, weights)
+    assert 5 <= programs["unique_graphs"] - before <= 9
 
 
 @pytest.mark.parametrize(
