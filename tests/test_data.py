@@ -119,8 +119,10 @@ def test_every_kind_of_source_shows_the_same(source: Mixture, tmp_path: Path, ki
 @pytest.mark.parametrize("size", [24, 64])  # some grow, some shrink
 def test_batches_agree_with_pillow(source: Mixture, size: int):
     seen = 0
-    for batch in batches(source, first_step=2, last_step=5, image_size=size, threads=3):
+    for batch in batches(source, first_step=2, last_step=5, image_size=size, threads=3):  # one of epoch 0, two of 1
         ids = batch.ids.numpy()
+        epoch, due, _ = batch_ids(source, seed=3, step=batch.step, batch_size=16)
+        assert batch.epoch == epoch == batch.step // 3 and np.array_equal(ids, due)
         windows = crop_windows(ids, source.sizes[ids], seed=3, epoch=batch.epoch, scale=SCALE, ratio=RATIO)
         flips = flip_flags(ids, seed=3, epoch=batch.epoch)
         assert batch.images.dtype == torch.uint8 and batch.images.shape == (16, size, size, 3)
