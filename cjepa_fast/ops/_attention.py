@@ -336,7 +336,8 @@ def _one_by_one(
         lengths = side.offsets.diff().tolist()
         if (longest := max(lengths, default=0)) > (side.max_length or 0):
             raise ValueError(f"a sequence has {longest} rows, more than the {side.max_length} that it may have")
-        return rows[: sum(lengths)].split(lengths)  # whose gradient is one concatenation, unlike that of slices
+        # the gradient of a split is one concatenation, unlike that of slices
+        return rows.split([*lengths, len(rows) - sum(lengths)])[:-1]
 
     def attend(rows: Tensor, own: Tensor | None) -> Tensor:
         if not len(rows):
