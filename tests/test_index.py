@@ -464,6 +464,7 @@ def test_how_many_kinds_of_bad_there_are():
     bad_files = [name for name, case in CASES.items() if case.outcome[0] in REASONS]
     bad_roots = [name for name, root in ROOTS.items() if root.outcome.startswith("error: ") or root.left_out]
     assert len(bad_files) >= 40 and len(bad_roots) >= 20, (len(bad_files), len(bad_roots))
+    assert len(ROOTS) + len(CASES) >= 100
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path, cache: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,8 +10,6 @@ from torch.nn.functional import interpolate
 
 from cjepa_fast import native
 from cjepa_fast.ops._choice import announce
-
-tell_once = functools.cache(announce)
 
 
 def resize_images(images: Sequence[np.ndarray], size: int, threads: int = 1) -> np.ndarray:
@@ -24,7 +21,7 @@ def resize_images(images: Sequence[np.ndarray], size: int, threads: int = 1) -> 
     reason = native.why_unavailable()
     if reason is None:
         return native.resize(images, size, threads)
-    tell_once("resize", "torch", reason)
+    announce("resize", "torch", reason)
     out = np.empty((len(images), size, size, 3), dtype=np.uint8)
     for image, square in zip(images, out, strict=True):
         # [1, 3, h, w] with channels last, for which there is a fast path whose result lies the same way
