@@ -44,20 +44,16 @@ from cjepa_fast.manifest import (
     row_group_starts,
     write_atomically,
 )  # fmt: skip
+from cjepa_fast.shards import ShardFault, list_parquet, list_tar, open_regular, parquet_file
 from cjepa_fast.sources import (
     Listing,
     Rejected,
-    ShardFault,
     Source,
     count,
     expand_pattern,
     find_source,
     list_folder,
-    list_parquet,
     list_paths,
-    list_tar,
-    open_regular,
-    parquet_file,
     parse_root,
     printable,
     stamp,

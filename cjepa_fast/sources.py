@@ -2,23 +2,21 @@
 
 A root is a folder of images (with or without class folders), tar shards (a folder of them, a pattern or one file),
 parquet files of encoded images, or a list of paths. What it is follows from what is there; `KIND:` in front decides.
-Shards are read by offset: nothing is ever extracted, unpickled or executed, and a member's name is only a label.
+What lies in a shard is listed by `cjepa_fast.shards`.
 """
 
 from __future__ import annotations
 
 import csv
 import glob
-import importlib
 import itertools
-import json
 import math
 import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -360,7 +358,7 @@ def list_folder(source: Source) -> Listing:
 
 # Names of columns, and of the header of a CSV.
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
-_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "cls", "target", "category", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "cls", "target", "category", "fine_label")
 
 
 def list_paths(source: Source) -> Listing:
@@ -431,283 +429,8 @@ def _csv_rows(text: Iterable[str], file: str) -> Iterator[tuple[int, str, str | 
         header = [cell.strip().lower() for cell in row]
         if first and set(header) & set(_PATH_COLUMNS):
             path_at = next(i for i, cell in enumerate(header) if cell in _PATH_COLUMNS)
-            label_at = next((i for i, cell in enumerate(header) if cell in _LABEL_COLUMNS), len(header))
+            label_at = next((i for i, cell in enumerate(header) if cell in LABEL_COLUMNS), len(header))
         else:
             label = row[label_at].strip() if label_at < len(row) else ""
             yield reader.line_num, row[path_at] if path_at < len(row) else "", label or None
         first = False
-
-
-# --- tar
-
-
-class Member(NamedTuple):
-    """A regular file in a tar."""
-
-    name: str
-    offset: int  # of its first byte
-    size: int
-
-
-class ShardFault(Exception):
-    """A shard cannot be read, or not to its end."""
-
-
-_MAX_NAME = 2**16  # bytes of a tar member's name; the longest a file system takes is 2**12
-
-
-def tar_members(fd: int) -> Iterator[Member]:
-    """The regular files of an uncompressed tar (ustar, GNU or pax), by its headers alone.
-
-    Raises:
-        ShardFault: not a tar, or it ends or is damaged before its end mark; what was yielded before is sound.
-    """
-    end = os.fstat(fd).st_size
-    if end == 0:
-        raise ShardFault("is empty (0 bytes)")
-    at = 0
-    long_name: bytes | None = None
-    long_size: int | None = None
-    while True:
-        block = os.pread(fd, 512, at)
-        if len(block) < 512:
-            raise ShardFault(f"ends at byte {end:,}, before its end mark")
-        if not any(block):
-            if at == 0 and end % 512:
-                raise ShardFault("is not a tar")
-            return
-        if not _checksum_holds(block):
-            if at == 0:
-                packed = block[:2] == b"\x1f\x8b" or block[:3] == b"BZh" or block[:4] in (b"\xfd7zX", b"(\xb5/\xfd")
-                raise ShardFault("is compressed; decompress it" if packed else "is not a tar")
-            raise ShardFault(f"is damaged at byte {at:,}")
-        size = _tar_number(block[124:136])
-        kind, start = block[156:157], at + 512
-        if kind in (b"0", b"\0", b"7") and long_size is not None:
-            size = long_size
-        if kind in b"123456":
-            size = 0  # links, devices and folders have no data
-        if kind == b"S":
-            raise ShardFault("holds sparse members; pack it without --sparse")
-        if size < 0:
-            raise ShardFault(f"is damaged at byte {at:,}")
-        at = start + -(-size // 512) * 512
-        if kind in (b"L", b"x"):
-            if size > _MAX_NAME or start + size > end:
-                raise ShardFault(f"holds a name of {size:,} bytes at byte {start:,}")
-            payload = os.pread(fd, size, start)
-            if kind == b"L":
-                long_name = payload.rstrip(b"\0")
-            else:
-                long_name, long_size = _pax(payload, long_name, long_size)
-            continue
-        if kind in (b"K", b"g"):
-            continue
-        if start + size > end:
-            raise ShardFault(f"ends at byte {end:,}, inside a member")
-        name = long_name or _tar_name(block)
-        long_name = long_size = None
-        if kind in (b"0", b"\0", b"7") and not name.endswith(b"/"):
-            yield Member(name.decode("utf-8", "surrogateescape"), start, size)
-
-
-def _checksum_holds(block: bytes) -> bool:
-    try:
-        stated = int(block[148:156].rstrip(b"\0 ").strip() or b"x", 8)
-    except ValueError:
-        return False
-    rest = block[:148] + b" " * 8 + block[156:]
-    return stated in (sum(rest), sum(b - 256 if b > 127 else b for b in rest))
-
-
-def _tar_number(field: bytes) -> int:
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.split(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        return -1
-
-
-def _tar_name(block: bytes) -> bytes:
-    name = block[:100].split(b"\0")[0]
-    prefix = block[345:500].split(b"\0")[0] if block[257:263] == b"ustar\0" else b""
-    return prefix + b"/" + name if prefix else name
-
-
-def _pax(payload: bytes, name: bytes | None, size: int | None) -> tuple[bytes | None, int | None]:
-    """The name and size in a pax header, each as it was where there is none."""
-    while (match := re.match(rb"(\d{1,8}) ([^=]+)=", payload)) and int(match[1]) > len(match[0]):
-        value = payload[len(match[0]) : int(match[1]) - 1]
-        if match[2] == b"path":
-            name = value
-        elif match[2] == b"size" and value.isdigit():
-            size = int(value)
-        elif match[2].startswith(b"GNU.sparse"):
-            raise ShardFault("holds sparse members; pack it without --sparse")
-        payload = payload[int(match[1]) :]
-    return name, size
-
-
-def list_tar(base: str, shard: str) -> Listing:
-    """The samples of one shard: members of the same name up to the first dot after the last slash.
-
-    The image of a sample is its member with the plainest image ending; its label the integer in `.cls` or under
-    "label" in `.json`. Samples are in the order of their images; parts may lie apart.
-    """
-    path = os.path.join(base, shard)
-    listing = Listing(containers=[shard])
-    images: dict[str, list[Member]] = {}
-    labels: dict[str, Member] = {}
-    keys: set[str] = set()
-    try:
-        fd = open_regular(path)
-    except OSError as error:
-        listing.rejected.append(Rejected(path, "", "bad shard", f"cannot be read ({error.strerror or error})"))
-        return listing
-    try:
-        try:
-            for member in tar_members(fd):
-                key, ending = _key(member.name)
-                if os.path.basename(member.name).startswith("."):
-                    listing.ignored += 1
-                    continue
-                keys.add(key)
-                if ending.endswith(SUFFIXES):
-                    images.setdefault(key, []).append(member)
-                elif ending in (".cls", ".json"):
-                    labels.setdefault(key + ending, member)
-                else:
-                    listing.ignored += 1
-        except ShardFault as fault:
-            listing.rejected.append(Rejected(path, "", "bad shard", str(fault)))
-        for key in sorted(keys - images.keys()):
-            listing.rejected.append(Rejected(path, key, "no image", f"no {' '.join(SUFFIXES)} member of this name"))
-        samples = []
-        for key, members in images.items():
-            chosen = min(members, key=lambda m: (_key(m.name)[1].count("."), m.offset))
-            for other in members:
-                if other is not chosen and other.name == chosen.name:
-                    detail = f"a second member of this name, at byte {other.offset:,}"
-                    listing.rejected.append(Rejected(path, other.name, "duplicate", detail))
-                elif other is not chosen:
-                    listing.ignored += 1
-            samples.append((chosen, _label(fd, labels.get(f"{key}.cls"), labels.get(f"{key}.json"))))
-        for member, label in sorted(samples, key=lambda sample: sample[0].offset):
-            listing.add(0, member.name, offset=member.offset, size=member.size, label=label)
-    finally:
-        os.close(fd)
-    return listing
-
-
-def _key(name: str) -> tuple[str, str]:
-    """A member's name split as WebDataset does, before the first dot after the last slash; the ending in lower case."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, ending = file.partition(".")
-    return folder + slash + stem, (dot + ending).lower()
-
-
-def _label(fd: int, cls: Member | None, meta: Member | None) -> int | None:
-    """An unreadable label is none; a sample is not worth losing for it."""
-    try:
-        if cls is not None and cls.size <= 32:
-            return int(os.pread(fd, cls.size, cls.offset).decode("ascii"))
-        if meta is not None and meta.size <= 2**20:
-            label = json.loads(os.pread(fd, meta.size, meta.offset)).get("label")
-            return label if type(label) is int else None
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    return None
-
-
-def open_regular(path: str) -> int:
-    """A descriptor for reading; opening a pipe or a device would wait for ever, or never end."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError("not a regular file")
-    return fd
-
-
-# --- parquet
-
-
-def parquet_file(path: str) -> Any:
-    """`pyarrow.parquet.ParquetFile(path)`.
-
-    Raises:
-        UserError: pyarrow is not installed.
-        ShardFault: the file cannot be read.
-    """
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise UserError(f"{printable(path)}: needs pyarrow; pip install 'cjepa-fast[parquet]'") from None
-    try:
-        return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        raise ShardFault(f"is not a readable parquet file ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    return printable(str(error).strip().partition("\n")[0][:200])
-
-
-def image_column(parquet: Any) -> str:
-    """The column of encoded images, as a dotted path: `image.bytes` of a Hugging Face file, or a binary column.
-
-    Raises:
-        ShardFault: there is none, or several none of which is called image.
-    """
-    types = importlib.import_module("pyarrow.types")
-
-    def is_bytes(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    schema = parquet.schema_arrow
-    found = {}
-    for column in schema:
-        if is_bytes(column.type):
-            found[column.name] = column.name
-        elif types.is_struct(column.type) and any(f.name == "bytes" and is_bytes(f.type) for f in column.type):
-            found[column.name] = f"{column.name}.bytes"
-    for name in ("image", "img", "jpg", *(found if len(found) == 1 else ())):
-        if name in found:
-            return found[name]
-    raise ShardFault(f"has no image column; its columns are {', '.join(map(printable, schema.names)) or 'none'}")
-
-
-def list_parquet(base: str, shard: str) -> Listing:
-    """The rows of one parquet file; integer labels get the names that a Hugging Face file gives them."""
-    path = os.path.join(base, shard)
-    listing = Listing(containers=[shard])
-    try:
-        parquet = parquet_file(path)
-        with parquet:
-            column = image_column(parquet)
-            schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            names: list[str | None] = [None] * rows
-            labels: list[Any] = [None] * rows
-            folder, dot, _ = column.partition(".")
-            if dot and "path" in [f.name for f in schema.field(folder).type]:
-                names = [r and r["path"] for r in parquet.read([f"{folder}.path"]).column(0).to_pylist()]
-            if label := next((name for name in _LABEL_COLUMNS if name in schema.names), None):
-                labels = parquet.read([label]).column(0).to_pylist()
-                listing.classes = _class_names(schema.metadata, label)
-    except ShardFault as fault:
-        listing.rejected.append(Rejected(path, "", "bad shard", str(fault)))
-        return listing
-    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        listing.rejected.append(Rejected(path, "", "bad shard", f"is damaged ({first_line(error)})"))
-        return listing
-    for row, (name, label) in enumerate(zip(names, labels, strict=True)):
-        listing.add(0, name or "", offset=row, label=label if type(label) in (int, str) else None)
-    return listing
-
-
-def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...] | None:
-    try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-        return tuple(map(str, names)) if isinstance(names, list) else None
-    except (KeyError, TypeError, ValueError):
-        return None

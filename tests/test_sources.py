@@ -1,4 +1,4 @@
-"""Sources: what a root is taken for, tars against tarfile, lists, parquet files, and how roots are mixed."""
+"""Sources and shards: what a root is taken for, tars against tarfile, lists, parquet files, and how roots are mixed."""
 
 from __future__ import annotations
 
@@ -23,18 +23,8 @@ from bad_images import jpeg
 from cjepa_fast import index, sources
 from cjepa_fast.errors import UserError
 from cjepa_fast.manifest import Manifest
-from cjepa_fast.sources import (
-    Member,
-    Rejected,
-    ShardFault,
-    epoch_visits,
-    expand_pattern,
-    find_source,
-    list_tar,
-    parse_root,
-    printable,
-    tar_members,
-)  # fmt: skip
+from cjepa_fast.shards import Member, ShardFault, list_tar, tar_members
+from cjepa_fast.sources import Rejected, epoch_visits, expand_pattern, find_source, parse_root, printable
 
 IMAGE = jpeg()
 
