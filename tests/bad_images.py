@@ -271,6 +271,10 @@ def image_cases() -> dict[str, Case]:
     return cases
 
 
+CASES = image_cases()
+SOUND = jpeg(7, 20, 30)
+
+
 def tree(root: str | os.PathLike[str]) -> dict[str, bytes]:
     """Every file below `root` with its content, to see that nothing was written."""
     found = {}

@@ -20,18 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bad_images import jpeg
-from cjepa_fast import index, sources
+from cjepa_fast import sources
 from cjepa_fast.errors import UserError
-from cjepa_fast.manifest import Manifest
 from cjepa_fast.shards import Member, ShardFault, list_tar, tar_members
-from cjepa_fast.sources import Rejected, epoch_visits, expand_pattern, find_source, parse_root, printable
+from cjepa_fast.sources import epoch_visits, expand_pattern, find_source, parse_root, printable
+from indexing import build
 
 IMAGE = jpeg()
-
-
-def build(root: object, mode: index.Mode = "thorough") -> tuple[Manifest, list[Rejected]]:
-    with ThreadPoolExecutor(2) as pool:
-        return index.build(find_source(str(root)), mode=mode, pool=pool)
 
 
 # --- several roots
