@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageOps
 
@@ -34,6 +37,24 @@ def fifty(root: Path) -> Mixture:
         height, width = rng.integers(20, 90, 2)
         picture(i, int(height), int(width)).save(folder / f"{i}.jpg", quality=90)
     return opened(root)
+
+
+def packed(source: Mixture, root: Path, kind: str) -> Path:
+    """The images of `source`, in the same order, as another kind of source."""
+    if kind == "tar":
+        for start in (0, 30):
+            with tarfile.open(root / f"train-{start:02d}.tar", "w") as shard:
+                for i in range(start, min(start + 30, len(source))):
+                    shard.add(source.path(i), f"{i:03d}.jpg")
+        return root
+    if kind == "list":
+        (root / "list.txt").write_text("".join(source.path(i) + "\n" for i in range(len(source))))
+        return root / "list.txt"
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: parquet is not tested")
+    parquet = importlib.import_module("pyarrow.parquet")
+    images = [{"bytes": Path(source.path(i)).read_bytes(), "path": None} for i in range(len(source))]
+    parquet.write_table(pyarrow.table({"image": images}), root / "a.parquet", row_group_size=7)
+    return root / "a.parquet"
 
 
 def batches(source: Mixture, **changes) -> Batches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,11 @@ from cjepa_fast.philox import philox4x32
 from cjepa_fast.views import Photometric, batch_ids, crop_windows, epoch_order, flip_flags
 from pictures import RATIO, SCALE, batches, fifty, opened, picture
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CJEPA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+def source(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     return fifty(tmp_path_factory.mktemp("images"))
 
 
