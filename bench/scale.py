@@ -26,7 +26,7 @@ from bench.step_report import text_element
 from cjepa_fast import config, cost, train
 from cjepa_fast.config import Config, World
 from cjepa_fast.errors import UserError
-from cjepa_fast.ops._variance_covariance import cheaper_form
+from cjepa_fast.ops import variance_covariance_form
 from cjepa_fast.step import Networks
 
 Row = dict[str, Any]
@@ -192,7 +192,7 @@ class Step:
 
         for _ in range(2 * (loss.projector_layers - 1)):  # batch norm forward and, with equal bytes, backward
             yield summed(2 * 8 * width)
-        form = cheaper_form(self.images, width, ranks, 4)
+        form = variance_covariance_form(self.images, width, ranks, 4)
         if form == "gram":
             yield summed(4 * self.images * ranks * views * width, "all-gather")
             yield summed(4 * views * (1 if self.kernels == "eager" else 2))

@@ -342,14 +342,15 @@ def _embedding_parameters(config: Config) -> int:
 
 def _regularisation_bytes(config: Config, world: World) -> float:
     """What projector and VICReg terms keep for the backward pass, all in fp32."""
-    from cjepa_fast.ops._variance_covariance import cheaper_form
+    from cjepa_fast.ops import variance_covariance_form
 
     layers, pairs = _projector_layers(config), config.loss.vicreg_views == "target_blocks"
     if not layers:
         return 0.0
     images, width, hidden = config.optim.batch_size // world.size, layers[0][0], layers[-1][1]
     blocks = config.mask.num_targets
-    if cheaper_form(images, hidden, world.size, 4) == "gram":  # a rank's part of the matrix, and the rows of all ranks
+    if variance_covariance_form(images, hidden, world.size, 4) == "gram":
+        # a rank's part of the matrix, and the rows of all ranks
         matrix = images * world.size * (images + (hidden if world.size > 1 else 0))
     else:
         matrix = hidden**2

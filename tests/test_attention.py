@@ -681,15 +681,3 @@ def test_every_tile_in_use_is_compiled_ahead_of_time() -> None:
             for structured in (False, True):
                 bwd = kernel._bwd_tile(head_dim, keys, dtype == "bf16", structured)
                 assert key(kernel._bwd_kernel, f"*{dtype}:16", head_dim, bwd) in compiled, (dtype, head_dim, keys)
-
-
-def test_on_a_cpu_packed_rows_are_padded_to_the_longest_there_is() -> None:
-    offsets = torch.tensor([0, 5, 14, 20], dtype=torch.int32)
-    qkv = torch.randn(24, 3 * 64)
-    counts, results = [], []
-    for max_length in (9, 196):
-        with FlopCounterMode(display=False) as counter:
-            results.append(ops.attention(qkv, 2, offsets=offsets, max_length=max_length, impl="eager"))
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 3 * 2 * (2 * 9 * 9 * 32) * 2  # sequences, heads, scores, and their mean of values
-    assert torch.equal(*results)

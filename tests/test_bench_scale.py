@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import growth, scale, scale_check
+from cjepa_fast import ops
 from cjepa_fast.config import World
 from cjepa_fast.kernels import variance_covariance as kernel
 
@@ -170,7 +171,7 @@ def test_a_difference_has_a_line() -> None:
 @pytest.mark.parametrize(("rows", "width"), [(16, 40), (4, 40)], ids=["covariance", "gram"])
 def test_the_kernel_sums_what_the_model_says(rows: int, width: int) -> None:
     ranks, views = 4, 4
-    gram = scale.cheaper_form(rows, width, ranks, 4) == "gram"
+    gram = ops.variance_covariance_form(rows, width, ranks, 4) == "gram"
     summed: list[int] = []
     z = torch.randn(rows * ranks if gram else rows, views, width)
     kernel.fwd(z, 0, rows, rows * ranks, gram, True, 1.0, 1e-4, lambda tensor: summed.append(tensor.nbytes))

@@ -357,9 +357,10 @@ def test_flops_do_not_depend_on_the_implementation(form: str) -> None:
 
 def test_the_cheaper_form() -> None:
     """Alone the smaller matrix; among ranks what crosses between them: 4 D^2 bytes against n D elements."""
-    assert door.cheaper_form(2048, 384, 1, 4) == "covariance" and door.cheaper_form(256, 384, 1, 4) == "gram"
-    assert door.cheaper_form(384, 384, 1, 4) == "covariance"
-    assert door.cheaper_form(256, 384, 8, 2) == "covariance" and door.cheaper_form(256, 8192, 8, 2) == "gram"
+    form = ops.variance_covariance_form
+    assert form(2048, 384, 1, 4) == "covariance" and form(256, 384, 1, 4) == "gram"
+    assert form(384, 384, 1, 4) == "covariance"
+    assert form(256, 384, 8, 2) == "covariance" and form(256, 8192, 8, 2) == "gram"
     z = inputs((20, 1, 30)).requires_grad_()
     assert torch.equal(*(ops.variance_covariance(z, form=form)[1] for form in ("auto", "gram")))
 

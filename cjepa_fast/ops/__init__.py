@@ -15,7 +15,7 @@ from cjepa_fast.ops._masks import mask_sampler, mask_workspace, sample_masks, sa
 from cjepa_fast.ops._prediction_loss import prediction_loss
 from cjepa_fast.ops._resize import resize_images
 from cjepa_fast.ops._token_gather import patch_embed, predictor_rows, predictor_tokens, sequence_offsets
-from cjepa_fast.ops._variance_covariance import variance_covariance
+from cjepa_fast.ops._variance_covariance import variance_covariance, variance_covariance_form
 
 __all__ = [
     "adamw_ema",
@@ -38,4 +38,5 @@ __all__ = [
     "sample_masks_on_gpu",
     "sequence_offsets",
     "variance_covariance",
+    "variance_covariance_form",
 ]

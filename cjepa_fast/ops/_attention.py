@@ -60,8 +60,7 @@ def attention(
         query_offsets, max_query_length: the same of packed queries.
         target_blocks: see above; not with `query`.
         impl: "auto"; "triton" (d in 24, 32, 64, 80, 88, 128; at most 1024 keys; fp32, bf16, fp16; deterministic);
-            "eager" (materialised softmax in plain torch, packed sequences padded to max_length, on a CPU to the longest
-            there is; everything);
+            "eager" (materialised softmax in plain torch, packed sequences padded to max_length; everything);
             "sdpa" (torch.nn.functional.scaled_dot_product_attention, kernel chosen by torch; packed sequences one by
             one, on a CPU and uncompiled, where the host knows their lengths), "sdpa_cudnn", "sdpa_flash",
             "sdpa_efficient" (one of its kernels; no packed sequences); "xformers" (memory_efficient_attention, reads
@@ -358,16 +357,13 @@ def _one_by_one(
 def _padded(
     q: Tensor, k: Tensor, v: Tensor, queries: _Side, keys: _Side, target_blocks: tuple[int, int] | None
 ) -> Tensor:
-    """Packed sequences by plain torch: pad to the longest, mask, undo; nothing waits for the device."""
+    """Packed sequences by plain torch: pad to the longest that may be, mask, undo; nothing waits for the device."""
 
     def places(side: _Side, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [B, K] of each sequence, one row too far for the padding; [B, 1] lengths, and which are too long."""
         starts, limit = side.starts(rows)
-        lengths, longest = starts.diff()[:, None], limit
-        if rows.device.type == "cpu" and len(lengths) and not torch.compiler.is_compiling():
-            # the host knows it, and work grows with its square; numpy() would refuse rows on a GPU, not wait for them
-            longest = min(limit, max(1, int(lengths.numpy().max())))
-        position = torch.arange(longest, device=rows.device)
+        lengths = starts.diff()[:, None]
+        position = torch.arange(limit, device=rows.device)
         within = torch.where(position < lengths, starts[:-1, None] + position, side.flat(rows).shape[0])
         return within, lengths, lengths > limit
 

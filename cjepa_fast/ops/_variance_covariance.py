@@ -54,7 +54,7 @@ def variance_covariance(z: Tensor, *, form: str = "auto", impl: str = "auto") ->
     unsupported = None if supported else f"dtype {z.dtype} is not fp32, bf16 or fp16"
     impl = choose("variance_covariance", impl, z.device.type, unsupported)
     if form == "auto":
-        form = cheaper_form(z.shape[0], z.shape[2], ranks, z.element_size())
+        form = variance_covariance_form(z.shape[0], z.shape[2], ranks, z.element_size())
     if z.stride(2) != 1:
         z = z.contiguous()
     if impl == "eager":
@@ -64,7 +64,7 @@ def variance_covariance(z: Tensor, *, form: str = "auto", impl: str = "auto") ->
     return std, cov
 
 
-def cheaper_form(rows: int, width: int, ranks: int, element_size: int) -> str:
+def variance_covariance_form(rows: int, width: int, ranks: int, element_size: int) -> str:
     """The cheaper of "covariance" and "gram" for `rows` of `width` on each of `ranks`: products and collectives.
 
     Alone: triangle forward and full product backward. With others, gram computes a rectangle of its matrix; a ring
