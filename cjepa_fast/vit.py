@@ -11,6 +11,7 @@ rounding, the work is not.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ class _Rounding:
         if self.weight_copy is None:
             return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         assert self.weight_copy.dtype == dtype, (self.weight_copy.dtype, dtype)
-        if not self.weight.requires_grad:
+        if self.weight_copy.requires_grad or not self.weight.requires_grad:
             return self.weight_copy, self.bias_copy
         bias = None if self.bias is None else _Copy.apply(self.bias, self.bias_copy)
         return _Copy.apply(self.weight, self.weight_copy), bias  # pyright: ignore[reportReturnType]
@@ -152,7 +153,8 @@ def hold_copies(network: nn.Module, dtype: torch.dtype, *, rounded_grads: bool) 
 
     Args:
         rounded_grads: leave gradients in `dtype`, as their products give them, instead of widening them to fp32. For
-            one backward pass a step: several would add up in `dtype`.
+            one backward pass a step: several would add up in `dtype`. The copies are leaves then, which hand their
+            gradients on: to a compiler, which does not know of `grad_dtype`, a parameter's gradient is fp32.
 
     Returns the copies by parameter.
     """
@@ -165,7 +167,17 @@ def hold_copies(network: nn.Module, dtype: torch.dtype, *, rounded_grads: bool) 
                     setattr(module, f"{name}_copy", copies[parameter])
                     if rounded_grads and parameter.requires_grad:
                         parameter.grad_dtype = dtype
+                        hand_on = functools.partial(_hand_on, parameter)
+                        copies[parameter].requires_grad_().register_post_accumulate_grad_hook(hand_on)
     return copies
+
+
+def _hand_on(parameter: Tensor, copy: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = copy.grad
+    elif copy.grad is not None:  # gradients that keep their memory
+        parameter.grad += copy.grad
+    copy.grad = None
 
 
 class Layout(NamedTuple):
