@@ -222,6 +222,7 @@ class Origin(NamedTuple):
     positions: Tensor  # [N, d], the mask token at each position
     target_indices: Tensor  # integer [B, M, Kt]
     offsets: Tensor | None  # int32 [B + 1] of packed contexts
+    total: int | None  # rows of packed sequences
     impl: str
 
     def rows(self) -> Tensor:
@@ -232,7 +233,9 @@ class Origin(NamedTuple):
         """What was computed for `rows`, [R, W], as sequences: [B M, Kc + Kt, W] or packed [rows, W]."""
         context, positions = values.split([len(values) - len(self.positions), len(self.positions)])
         context = context.view(*self.context.shape[:-1], -1)
-        rows = ops.predictor_rows(context, positions, self.target_indices, offsets=self.offsets, impl=self.impl)
+        rows = ops.predictor_rows(
+            context, positions, self.target_indices, offsets=self.offsets, total=self.total, impl=self.impl
+        )
         return rows if self.offsets is not None else rows.flatten(0, 1)
 
 
@@ -459,7 +462,8 @@ class Predictor(nn.Module):
             indices = context_indices.long() if offsets is None else context_indices.long().clamp_min(0)  # of padding
             context = (context + F.embedding(indices, positions)).to(context.dtype)
             masks = (self.mask_token[0] + positions).to(context.dtype)
-            origin = Origin(context, masks, target_indices, offsets, self.kernels)
+            total = None if offsets is None else target_indices.shape[1] * len(context) + target_indices.numel()
+            origin = Origin(context, masks, target_indices, offsets, total, self.kernels)
             x = origin.repeat(origin.rows())
         else:
             x = ops.predictor_tokens(
