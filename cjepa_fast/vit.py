@@ -198,18 +198,19 @@ FIXED = Layout()
 
 
 class Selection(NamedTuple):
-    """The rows that go on, where the others only serve as keys and values: those from `first` on in every sequence of
+    """The rows that go on, where the others only serve as keys and values: `count` from `first` on in every sequence of
     one length, or the flattened rows `index`, an integer [S, Kq], or [T] with a packed `layout` of their own.
     """
 
     first: int = 0
+    count: int = 0  # given, as a compiler of dynamic shapes cannot divide by a difference
     index: Tensor | None = None
     layout: Layout = FIXED
 
     def of(self, x: Tensor) -> Tensor:
         """[S, K, W] or [T, W] -> [S, Kq, W] or [Tq, W]."""
         if self.index is None:
-            return x[:, self.first :]
+            return x.narrow(1, self.first, self.count)
         return x.flatten(0, -2).index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
 
 
@@ -222,7 +223,7 @@ class Origin(NamedTuple):
     positions: Tensor  # [N, d], the mask token at each position
     target_indices: Tensor  # integer [B, M, Kt]
     offsets: Tensor | None  # int32 [B + 1] of packed contexts
-    total: int | None  # rows of packed sequences
+    total: int  # rows of a sequence, or of all that are packed
     impl: str
 
     def rows(self) -> Tensor:
@@ -462,7 +463,8 @@ class Predictor(nn.Module):
             indices = context_indices.long() if offsets is None else context_indices.long().clamp_min(0)  # of padding
             context = (context + F.embedding(indices, positions)).to(context.dtype)
             masks = (self.mask_token[0] + positions).to(context.dtype)
-            total = None if offsets is None else target_indices.shape[1] * len(context) + target_indices.numel()
+            _, blocks, length = target_indices.shape
+            total = blocks * len(context) + target_indices.numel() if offsets is not None else context.shape[1] + length
             origin = Origin(context, masks, target_indices, offsets, total, self.kernels)
             x = origin.repeat(origin.rows())
         else:
@@ -490,7 +492,7 @@ class Predictor(nn.Module):
         structure = (blocks, length) if self.shared_context else None
         tail = blocks * length if self.shared_context else length  # target rows of a sequence
         if offsets is None:
-            return Layout(target_blocks=structure), Selection(first=context.shape[1])
+            return Layout(target_blocks=structure), Selection(context.shape[1], tail)
         starts = ops.sequence_offsets(offsets, blocks, length, self.shared_context)
         longest = len(self.predictor_pos_embed[0]) + tail  # a constant, unlike the longest context
         index = starts[1:, None] + torch.arange(-tail, 0, device=starts.device)

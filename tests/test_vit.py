@@ -256,3 +256,26 @@ def test_rounded_gradients_replace_or_add() -> None:
     assert backward().data_ptr() == address and torch.equal(once, value + value)
     encoder.zero_grad()
     assert torch.equal(backward(), value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_size_is_a_sum_to_a_compiler(packed: bool) -> None:
+    """Of rows that leave a block where one program serves all sizes: Inductor divides no GPU's loops by a sum."""
+    torch.compiler.reset()
+    predictor = Predictor(NARROW, SHAPE.width, (4, 4), kernels="triton")
+    sizes = []
+
+    def capture(graph: torch.fx.GraphModule, _: Any) -> Any:
+        (outputs,) = graph.graph.output_node().args
+        sizes.extend(str(size) for out in outputs for size in out.meta["example_value"].shape)
+        return graph.forward
+
+    for block in predictor.predictor_blocks:
+        block.compile(dynamic=True, fullgraph=True, backend=capture)
+    context, indices = wave(2, 5, SHAPE.width).float(), torch.arange(5).repeat(2, 1)
+    target = torch.arange(9).view(3, 3).repeat(2, 1, 1)
+    offsets = None
+    if packed:
+        context, indices, offsets = context.flatten(0, 1), indices.flatten(), torch.tensor([0, 4, 9]).int()
+    assert predictor(context, indices, target, offsets).shape == (2, 3, 3, SHAPE.width)
+    assert len(sizes) >= 4 and not any("+" in size or "-" in size for size in sizes), sizes

@@ -151,7 +151,7 @@ def predictor_rows(
         table: [N, W], in the context's dtype.
         target_indices: integer (16, 32 or 64 bits) [B, M, Kt], rows of the table.
         offsets: int32 [B + 1], the packed mode, as for `predictor_tokens`.
-        total: M T + B M Kt, the rows of packed sequences, for a compiler of dynamic shapes: it cannot divide by a sum.
+        total: Kc + Kt, or packed M T + B M Kt, for a compiler of dynamic shapes, which cannot divide by a sum.
         impl: see `cjepa_fast.ops`. The Triton kernel takes fp32, bf16 and fp16 and is deterministic: a row of the
             table gets the sum of its copies' gradients in fp32 and in one order.
 
@@ -354,7 +354,7 @@ def _(
     batch, blocks, length = target_indices.shape
     rows, width = context.shape[-2:]
     if offsets is None:
-        return context.new_empty(batch, blocks, rows + length, width)
+        return context.new_empty(batch, blocks, rows + length if total is None else total, width)
     return context.new_empty(blocks * rows + batch * blocks * length if total is None else total, width)
 
 
