@@ -295,7 +295,8 @@ def test_compiled_whole_graph(packed: bool, impl: str) -> None:
     assert_equal(run(torch.compile(around, fullgraph=True, backend="aot_eager"), given), run(around, given))
 
 
-@pytest.mark.parametrize(("packed", "impl"), [(True, "eager"), (True, "triton"), (False, "triton")])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("packed", [False, True])
 def test_rows_have_one_size_to_a_compiler(packed: bool, impl: str) -> None:
     """Not a sum of sizes, which Inductor cannot tell to divide a GPU's loops over all elements: it gave up there."""
     torch.compiler.reset()
