@@ -318,10 +318,14 @@ def random_window(height: int, width: int) -> tuple[int, int, int, int]:
 
 
 def _resized(image: Tensor, window: tuple[int, int, int, int], size: int) -> Tensor:
-    """uint8 [1, 3, H, W] cropped to a window and resized as torchvision does it, by torch's antialiased kernel."""
+    """uint8 [1, 3, H, W] cropped to a window and resized as torchvision does it, by torch's antialiased kernel, which
+    on a GPU knows no bytes.
+    """
     top, left, h, w = window
     crop = image[:, :, top : top + h, left : left + w]
-    return torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+    crop = crop.float() if image.is_cuda else crop
+    resized = torch.nn.functional.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+    return resized.round().to(torch.uint8) if image.is_cuda else resized
 
 
 class Files(Dataset[Any], abc.ABC):

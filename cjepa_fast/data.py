@@ -351,7 +351,9 @@ def _cropped(
     """Windows "anchor v", "shape v" of encoded images, resized to squares and flipped by "flip v": uint8 HWC."""
     fn, _ = _dali()
     decoder = _decoder_options(device, hw_decoder_load)
-    whole = fn.decoders.image(files, **decoder) if crops > 1 else None
+    # A GPU decodes no windows: with the nvImageCodec 0.9 that DALI 2.4 asks for, those of JPEGs end the process on an
+    # H100 (NVIDIA/nvImageCodec issue 55), and where nvJPEG is older than 13.2, fancy upsampling takes them to the CPU.
+    whole = fn.decoders.image(files, **decoder) if crops > 1 or device != "cpu" else None
     found = []
     for v in range(crops):
         window = (given[f"anchor {v}"], given[f"shape {v}"])

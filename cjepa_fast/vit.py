@@ -11,6 +11,7 @@ rounding, the work is not.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ class _Rounding:
         if self.weight_copy is None:
             return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         assert self.weight_copy.dtype == dtype, (self.weight_copy.dtype, dtype)
-        if not self.weight.requires_grad:
+        if self.weight_copy.requires_grad or not self.weight.requires_grad:
             return self.weight_copy, self.bias_copy
         bias = None if self.bias is None else _Copy.apply(self.bias, self.bias_copy)
         return _Copy.apply(self.weight, self.weight_copy), bias  # pyright: ignore[reportReturnType]
@@ -119,22 +120,19 @@ class Linear(_Rounding, nn.Linear):
         self.kernels = kernels
 
     def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
-        if self.float8 is not None:
-            out = self.parts([input], [self.out_features])[0]
-            return F.gelu(out) if gelu else out
-        return ops.linear(input, *self.rounded(input.dtype), gelu=gelu, impl=self.kernels)
+        weight, bias = self.rounded(input.dtype)
+        if self.float8 is None:
+            return ops.linear(input, weight, bias, gelu=gelu, impl=self.kernels)
+        assert bias is not None
+        out = ops.float8_linear(input, *(self.float8_weight or ops.quantise_rows(weight)), bias, impl=self.float8)
+        return F.gelu(out) if gelu else out
 
     def parts(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Products of several inputs, each with its own share of the layer's outputs."""
+        """Products of several inputs, each with its own share of the layer's outputs; not in float8."""
         weight, bias = self.rounded(inputs[0].dtype)
-        assert bias is not None
-        biases = bias.split(list(sizes))
-        if self.float8 is None:
-            each = zip(inputs, weight.split(list(sizes)), biases, strict=True)
-            return [ops.linear(*of, impl=self.kernels) for of in each]
-        values, scale = self.float8_weight or ops.quantise_rows(weight)
-        shares = zip(inputs, values.split(list(sizes)), scale.split(list(sizes)), biases, strict=True)
-        return [ops.float8_linear(*of, impl=self.float8) for of in shares]
+        assert bias is not None and self.float8 is None
+        each = zip(inputs, weight.split(list(sizes)), bias.split(list(sizes)), strict=True)
+        return [ops.linear(*of, impl=self.kernels) for of in each]
 
 
 class LayerNorm(_Rounding, nn.LayerNorm):
@@ -152,7 +150,8 @@ def hold_copies(network: nn.Module, dtype: torch.dtype, *, rounded_grads: bool) 
 
     Args:
         rounded_grads: leave gradients in `dtype`, as their products give them, instead of widening them to fp32. For
-            one backward pass a step: several would add up in `dtype`.
+            one backward pass a step: several would add up in `dtype`. The copies are leaves then, which hand their
+            gradients on: to a compiler, which does not know of `grad_dtype`, a parameter's gradient is fp32.
 
     Returns the copies by parameter.
     """
@@ -165,7 +164,17 @@ def hold_copies(network: nn.Module, dtype: torch.dtype, *, rounded_grads: bool) 
                     setattr(module, f"{name}_copy", copies[parameter])
                     if rounded_grads and parameter.requires_grad:
                         parameter.grad_dtype = dtype
+                        hand_on = functools.partial(_hand_on, parameter)
+                        copies[parameter].requires_grad_().register_post_accumulate_grad_hook(hand_on)
     return copies
+
+
+def _hand_on(parameter: Tensor, copy: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = copy.grad
+    elif copy.grad is not None:  # gradients that keep their memory
+        parameter.grad += copy.grad
+    copy.grad = None
 
 
 class Layout(NamedTuple):
@@ -186,18 +195,19 @@ FIXED = Layout()
 
 
 class Selection(NamedTuple):
-    """The rows that go on, where the others only serve as keys and values: those from `first` on in every sequence of
+    """The rows that go on, where the others only serve as keys and values: `count` from `first` on in every sequence of
     one length, or the flattened rows `index`, an integer [S, Kq], or [T] with a packed `layout` of their own.
     """
 
     first: int = 0
+    count: int = 0  # given, as a compiler of dynamic shapes cannot divide by a difference
     index: Tensor | None = None
     layout: Layout = FIXED
 
     def of(self, x: Tensor) -> Tensor:
         """[S, K, W] or [T, W] -> [S, Kq, W] or [Tq, W]."""
         if self.index is None:
-            return x[:, self.first :]
+            return x.narrow(1, self.first, self.count)
         return x.flatten(0, -2).index_select(0, self.index.flatten()).unflatten(0, self.index.shape)
 
 
@@ -210,6 +220,7 @@ class Origin(NamedTuple):
     positions: Tensor  # [N, d], the mask token at each position
     target_indices: Tensor  # integer [B, M, Kt]
     offsets: Tensor | None  # int32 [B + 1] of packed contexts
+    total: int  # rows of a sequence, or of all that are packed
     impl: str
 
     def rows(self) -> Tensor:
@@ -220,7 +231,9 @@ class Origin(NamedTuple):
         """What was computed for `rows`, [R, W], as sequences: [B M, Kc + Kt, W] or packed [rows, W]."""
         context, positions = values.split([len(values) - len(self.positions), len(self.positions)])
         context = context.view(*self.context.shape[:-1], -1)
-        rows = ops.predictor_rows(context, positions, self.target_indices, offsets=self.offsets, impl=self.impl)
+        rows = ops.predictor_rows(
+            context, positions, self.target_indices, offsets=self.offsets, total=self.total, impl=self.impl
+        )
         return rows if self.offsets is not None else rows.flatten(0, 1)
 
 
@@ -241,7 +254,8 @@ class Attention(nn.Module):
         # structured sequences take all of their queries
         chosen = wanted if layout.target_blocks is None else None
         query = None
-        if chosen is not None and origin is None:
+        # Inductor cannot compile float8 products with a part of a bias
+        if chosen is not None and origin is None and self.qkv.float8 is None:
             query, qkv = self.qkv.parts([chosen.of(x), x], [self.width, 2 * self.width])
         else:
             qkv = self.qkv(x)
@@ -447,7 +461,9 @@ class Predictor(nn.Module):
             indices = context_indices.long() if offsets is None else context_indices.long().clamp_min(0)  # of padding
             context = (context + F.embedding(indices, positions)).to(context.dtype)
             masks = (self.mask_token[0] + positions).to(context.dtype)
-            origin = Origin(context, masks, target_indices, offsets, self.kernels)
+            _, blocks, length = target_indices.shape
+            total = blocks * len(context) + target_indices.numel() if offsets is not None else context.shape[1] + length
+            origin = Origin(context, masks, target_indices, offsets, total, self.kernels)
             x = origin.repeat(origin.rows())
         else:
             x = ops.predictor_tokens(
@@ -474,7 +490,7 @@ class Predictor(nn.Module):
         structure = (blocks, length) if self.shared_context else None
         tail = blocks * length if self.shared_context else length  # target rows of a sequence
         if offsets is None:
-            return Layout(target_blocks=structure), Selection(first=context.shape[1])
+            return Layout(target_blocks=structure), Selection(context.shape[1], tail)
         starts = ops.sequence_offsets(offsets, blocks, length, self.shared_context)
         longest = len(self.predictor_pos_embed[0]) + tail  # a constant, unlike the longest context
         index = starts[1:, None] + torch.arange(-tail, 0, device=starts.device)

@@ -36,6 +36,7 @@ from pictures import (
 )
 
 pytestmark = pytest.mark.usefixtures("cache")
+CHANGES = ("color", "lift", "sigma", "window", "unsolarized")  # what `Photometric.draw` may give
 
 
 @pytest.fixture(scope="module")
@@ -452,6 +453,23 @@ def test_missing_dali_is_named(source: Mixture, monkeypatch: pytest.MonkeyPatch)
 def test_import_needs_neither_dali_nor_pillow():
     code = "import sys; sys.modules.update({'nvidia': None, 'PIL': None}); import cjepa_fast.data"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_the_graph_for_a_gpu_decodes_whole_images(monkeypatch: pytest.MonkeyPatch, crops: int):
+    """Windows are cut on the GPU from what is decoded once. Of the graph alone, which can be laid out without one."""
+    fn = importlib.import_module("nvidia.dali.fn")
+    calls, decode = [], fn.decoders.image
+    monkeypatch.setattr(fn.decoders, "image", lambda *a, **k: calls.append(k) or decode(*a, **k))
+    monkeypatch.setattr(fn.decoders, "image_slice", None)
+    names = [f"{name} {v}" for v in range(crops) for name in ("anchor", "shape", "flip", *CHANGES)]
+    with importlib.import_module("nvidia.dali.pipeline").Pipeline(batch_size=2, num_threads=1, device_id=0):
+        files, *inputs = fn.external_source(source=lambda: [], num_outputs=1 + len(names))
+        given = dict(zip(names, inputs, strict=True))
+        found = data._cropped(files, given, crops, lambda x: data._resized(x, 24, "cuda:0", 1), "cuda:0", 0.3)
+        found = [data._changed(images, given, v, "cuda:0") for v, images in enumerate(found)]
+    assert [images.device for images in found] == ["gpu"] * crops
+    assert calls == [{"device": "mixed", "hw_decoder_load": 0.3, "jpeg_fancy_upsampling": True}]
 
 
 @pytest.mark.gpu

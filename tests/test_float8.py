@@ -155,6 +155,20 @@ def test_cuts_and_parts_change_nothing() -> None:
     assert relative(halves, whole) < 1e-3
 
 
+def test_products_get_whole_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a part of one, as the last block's queries would have, Inductor makes a wrong view for a GPU, and fails."""
+    encoder, (images, (masks,)), parts = networks("eager", torch.float32).target_encoder, batch(), []
+    plain = ops.float8_linear
+
+    def watched(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *, impl: str) -> Tensor:
+        parts.append(bias.untyped_storage().nbytes() // bias.nbytes)
+        return plain(x, weight, scale, bias, impl=impl)
+
+    monkeypatch.setattr(ops, "float8_linear", watched)
+    target_embeddings(encoder, images, masks)
+    assert parts == [1] * 4 * SHAPE.depth
+
+
 @needs_scaled_rows
 @pytest.mark.parametrize("parts", [1, 2])
 def test_weights_are_rounded_once_a_step_and_follow_the_average(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:

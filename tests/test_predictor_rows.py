@@ -276,8 +276,8 @@ def test_registration(packed: bool) -> None:
     given["context"] = given["context"].nan_to_num().requires_grad_()
     given["table"].requires_grad_()
     context, table, indices, offsets = given.values()
-    torch.library.opcheck(door._predictor_tokens, (context, None, table, None, indices, offsets))
-    grads = wave(door._predictor_tokens(context, None, table, None, indices, offsets).detach())
+    torch.library.opcheck(door._predictor_tokens, (context, None, table, None, indices, offsets, None))
+    grads = wave(door._predictor_tokens(context, None, table, None, indices, offsets, None).detach())
     torch.library.opcheck(door._predictor_tokens_backward, (grads, indices, offsets, list(context.shape), 9))
 
 
@@ -293,6 +293,25 @@ def test_compiled_whole_graph(packed: bool, impl: str) -> None:
         return f(1.5 * context, 1.5 * table) + 1
 
     assert_equal(run(torch.compile(around, fullgraph=True, backend="aot_eager"), given), run(around, given))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_have_one_size_to_a_compiler(packed: bool, impl: str) -> None:
+    """Not a sum of sizes, which Inductor cannot tell to divide a GPU's loops over all elements: it gave up there."""
+    torch.compiler.reset()
+    given, sizes = inputs(SHAPES[1], packed), []
+
+    def capture(graph: torch.fx.GraphModule, _: Any) -> Any:
+        ((out,),) = graph.graph.output_node().args
+        sizes.append(out.meta["example_value"].shape[-2].node.expr)
+        return graph.forward
+
+    total = ops.predictor_rows(**given, impl=impl).shape[-2]
+    compiled = torch.compile(ops.predictor_rows, dynamic=True, fullgraph=True, backend=capture)
+    out = compiled(**given, total=total, impl=impl)
+    assert_equal([out], [ops.predictor_rows(**given, impl=impl)])
+    assert len(sizes) == 1 and sizes[0].is_Symbol, sizes
 
 
 @pytest.mark.parametrize("packed", [False, True])

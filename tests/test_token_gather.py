@@ -492,6 +492,7 @@ def test_predictor_tokens_registration(packed: bool) -> None:
     given = token_inputs((2, 5, 3, 4, 24, 9), packed=packed)
     context, mask_token = given["context"].requires_grad_(), given["mask_token"].flatten().requires_grad_()
     rest = [given[name] for name in ("positions", "context_indices", "target_indices", "offsets")]
+    rest.append(None)
     torch.library.opcheck(door._predictor_tokens, (context, mask_token, *rest))
     grads = wave(door._predictor_tokens(context, mask_token, *rest).detach())
     backward = (grads, given["target_indices"], given["offsets"], list(context.shape), None)

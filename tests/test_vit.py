@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cjepa_fast import reference
 from cjepa_fast.errors import UserError
@@ -217,3 +219,63 @@ def test_copies_compute_the_same(compiled: bool) -> None:
         assert torch.equal(a.grad, b.grad) and torch.equal(a.grad.bfloat16(), c.grad.bfloat16()), name
         assert b.grad.dtype == torch.float32
         assert c.grad.dtype == (torch.float32 if name.startswith("patch_embed") else torch.bfloat16), name
+
+
+def test_rounded_gradients_are_never_wide() -> None:
+    """Nor where a compiler traces the backward pass, to which a parameter's gradient has the parameter's type."""
+    encoder = Encoder(VitShape(32, 1, 2), 16, 4, dtype=torch.bfloat16)
+    hold_copies(encoder, torch.bfloat16, rounded_grads=True)
+    encoder.blocks[0].compile(backend="aot_eager", fullgraph=True)
+    widened = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = operation(*args, **kwargs or {})
+            if operation is torch.ops.aten._to_copy.default and out.dtype == torch.float32:
+                widened.append(tuple(out.shape))
+            return out
+
+    out = encoder(torch.zeros(2, 16, 16, 3, dtype=torch.uint8)).float().sum()
+    with Watch():
+        out.backward()
+    assert {tuple(p.shape) for p in encoder.blocks.parameters() if p.ndim > 1}.isdisjoint(widened)
+
+
+def test_rounded_gradients_replace_or_add() -> None:
+    """As torch's do: into memory that is kept, or anew; and none is left behind with the copies."""
+    encoder = Encoder(VitShape(32, 1, 2), 16, 4, dtype=torch.bfloat16)
+    copies = hold_copies(encoder, torch.bfloat16, rounded_grads=True)
+
+    def backward() -> torch.Tensor:
+        encoder(torch.zeros(2, 16, 16, 3, dtype=torch.uint8)).float().square().sum().backward()
+        assert encoder.norm.weight.grad is not None and all(copy.grad is None for copy in copies.values())
+        return encoder.norm.weight.grad
+
+    once = backward()
+    address, value = once.data_ptr(), once.clone()
+    assert backward().data_ptr() == address and torch.equal(once, value + value)
+    encoder.zero_grad()
+    assert torch.equal(backward(), value)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_size_is_a_sum_to_a_compiler(packed: bool) -> None:
+    """Of rows that leave a block where one program serves all sizes: Inductor divides no GPU's loops by a sum."""
+    torch.compiler.reset()
+    predictor = Predictor(NARROW, SHAPE.width, (4, 4), kernels="triton")
+    sizes = []
+
+    def capture(graph: torch.fx.GraphModule, _: Any) -> Any:
+        (outputs,) = graph.graph.output_node().args
+        sizes.extend(str(size) for out in outputs for size in out.meta["example_value"].shape)
+        return graph.forward
+
+    for block in predictor.predictor_blocks:
+        block.compile(dynamic=True, fullgraph=True, backend=capture)
+    context, indices = wave(2, 5, SHAPE.width).float(), torch.arange(5).repeat(2, 1)
+    target = torch.arange(9).view(3, 3).repeat(2, 1, 1)
+    offsets = None
+    if packed:
+        context, indices, offsets = context.flatten(0, 1), indices.flatten(), torch.tensor([0, 4, 9]).int()
+    assert predictor(context, indices, target, offsets).shape == (2, 3, 3, SHAPE.width)
+    assert len(sizes) >= 4 and not any("+" in size or "-" in size for size in sizes), sizes

@@ -130,13 +130,14 @@ def predictor_tokens(
     else:
         tokens = _predictor_tokens(
             context.contiguous(), mask_token.contiguous(), positions.contiguous(), context_indices.contiguous(),
-            target_indices.contiguous(), _contiguous(offsets),
+            target_indices.contiguous(), _contiguous(offsets), None,
         )  # fmt: skip
     return tokens.squeeze(1) if shared_context and offsets is None else tokens
 
 
 def predictor_rows(
-    context: Tensor, table: Tensor, target_indices: Tensor, *, offsets: Tensor | None = None, impl: str = "auto"
+    context: Tensor, table: Tensor, target_indices: Tensor, *, offsets: Tensor | None = None, total: int | None = None,
+    impl: str = "auto",
 ) -> Tensor:  # fmt: skip
     """The sequences of `predictor_tokens` from rows that are ready: per image and block [context | table[block]].
 
@@ -150,6 +151,7 @@ def predictor_rows(
         table: [N, W], in the context's dtype.
         target_indices: integer (16, 32 or 64 bits) [B, M, Kt], rows of the table.
         offsets: int32 [B + 1], the packed mode, as for `predictor_tokens`.
+        total: Kc + Kt, or packed M T + B M Kt, for a compiler of dynamic shapes, which cannot divide by a sum.
         impl: see `cjepa_fast.ops`. The Triton kernel takes fp32, bf16 and fp16 and is deterministic: a row of the
             table gets the sum of its copies' gradients in fp32 and in one order.
 
@@ -168,10 +170,10 @@ def predictor_rows(
     _check_images(context, target_indices, offsets)
     _check(context.device, table=table, offsets=offsets, target_indices=target_indices)
     if choose("predictor_rows", impl, context.device.type, _unsupported(context)) == "eager":
-        return _sequences_eager(context, F.embedding(target_indices.long(), table), offsets)
+        return _sequences_eager(context, F.embedding(target_indices.long(), table), offsets, total)
     return _predictor_tokens(
-        context.contiguous(), None, table.contiguous(), None, target_indices.contiguous(), _contiguous(offsets)
-    )
+        context.contiguous(), None, table.contiguous(), None, target_indices.contiguous(), _contiguous(offsets), total
+    )  # fmt: skip
 
 
 def sequence_offsets(offsets: Tensor, blocks: int, block_length: int, shared_context: bool) -> Tensor:
@@ -258,16 +260,21 @@ def _predictor_tokens_eager(
     return _sequences_eager(context + F.embedding(context_indices, positions), masks, offsets)
 
 
-def _sequences_eager(context: Tensor, masks: Tensor, offsets: Tensor | None) -> Tensor:
+def _sequences_eager(context: Tensor, masks: Tensor, offsets: Tensor | None, rows: int | None = None) -> Tensor:
     """[context | masks of one block] for each image and block; masks [B, M, Kt, D]."""
-    batch, blocks, length, _ = masks.shape
+    batch, blocks, length, width = masks.shape
+    if offsets is None and rows is not None and torch.compiler.is_compiling():  # no size of a cat but a sum
+        out = masks.new_empty(batch, blocks, rows, width)
+        out.narrow(2, 0, context.shape[1]).copy_(context[:, None])
+        out.narrow(2, context.shape[1], length).copy_(masks)
+        return out
     if offsets is None:
         return torch.cat([context[:, None].expand(-1, blocks, -1, -1), masks], dim=2)
 
     # every row of the result is a row of [context | masks | zero], whose numbers are arithmetic on the device
     device, total, targets = context.device, context.shape[0], batch * blocks * length
     starts = sequence_offsets(offsets, blocks, length, False).long()
-    row = torch.arange(blocks * total + targets, device=device)
+    row = torch.arange(blocks * total + targets if rows is None else rows, device=device)
     sequence = torch.searchsorted(starts[1:], row, right=True)
     behind = sequence == batch * blocks
     image = sequence.where(~behind, 0) // blocks
@@ -336,7 +343,7 @@ _patch_embed.register_autograd(_differentiate_patch_embed, setup_context=_save_p
 @torch.library.custom_op("cjepa::predictor_tokens", mutates_args=())
 def _predictor_tokens(
     context: Tensor, mask_token: Tensor | None, positions: Tensor, context_indices: Tensor | None,
-    target_indices: Tensor, offsets: Tensor | None,
+    target_indices: Tensor, offsets: Tensor | None, total: int | None,
 ) -> Tensor:  # fmt: skip
     """`predictor_tokens`, or without mask token and context indices `predictor_rows`."""
     from cjepa_fast.kernels import token_gather as kernel
@@ -347,13 +354,13 @@ def _predictor_tokens(
 @_predictor_tokens.register_fake
 def _(
     context: Tensor, mask_token: Tensor | None, positions: Tensor, context_indices: Tensor | None,
-    target_indices: Tensor, offsets: Tensor | None,
+    target_indices: Tensor, offsets: Tensor | None, total: int | None,
 ) -> Tensor:  # fmt: skip
     batch, blocks, length = target_indices.shape
     rows, width = context.shape[-2:]
     if offsets is None:
-        return context.new_empty(batch, blocks, rows + length, width)
-    return context.new_empty(blocks * rows + batch * blocks * length, width)
+        return context.new_empty(batch, blocks, rows + length if total is None else total, width)
+    return context.new_empty(blocks * rows + batch * blocks * length if total is None else total, width)
 
 
 @torch.library.custom_op("cjepa::predictor_tokens_backward", mutates_args=())
@@ -375,7 +382,7 @@ def _(
 
 
 def _save_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    context, mask_token, positions, _, target_indices, offsets = inputs
+    context, mask_token, positions, _, target_indices, offsets, _ = inputs
     ctx.save_for_backward(target_indices, offsets)
     ctx.context_shape, ctx.patches = context.shape, positions.shape[0] if mask_token is None else None
     ctx.dtype = (positions if mask_token is None else mask_token).dtype
@@ -386,7 +393,7 @@ def _differentiate_predictor_tokens(ctx: Any, grads: Tensor) -> tuple[Tensor | N
     context_grad, sums = _predictor_tokens_backward(grads, target_indices, offsets, ctx.context_shape, ctx.patches)
     sums = sums.to(ctx.dtype)
     mask_grad, table_grad = (sums, None) if ctx.patches is None else (None, sums)
-    return context_grad, mask_grad, table_grad, None, None, None
+    return context_grad, mask_grad, table_grad, None, None, None, None
 
 
 _predictor_tokens.register_autograd(_differentiate_predictor_tokens, setup_context=_save_indices)
