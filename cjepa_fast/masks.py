@@ -29,6 +29,7 @@ _SIMULATED_SEED = 2**64 - 1  # of no training run
 # included; for unions, whose cut would hand the loss wrong targets, in none of any run
 _DEVIATIONS = {"cap": 5, "union_cap": 8}
 _CHUNK = 256  # steps whose sizes are drawn at once
+_LENGTHS = 32  # of trimmed lists: a 64th of a list is padding then, on average
 
 MODES = tuple(mode.name.lower() for mode in Mode)
 
@@ -59,11 +60,18 @@ class Masks(NamedTuple):
 
         return Masks(*(None if tensor is None else copy(tensor) for tensor in self))  # pyright: ignore[reportArgumentType]
 
-    def without_padding(self) -> Masks:
-        """Views of packed lists that end with their last entry, whose place the host reads: of no length twice."""
+    def trimmed(self) -> Masks:
+        """Views of packed lists with little of their padding: they end soon behind the last entry, whose place the host
+        reads, in one of `_LENGTHS` places.
+
+        Not with that entry: oneDNN keeps up to a megabyte for every number of rows that it has multiplied.
+        """
 
         def cut(entries: torch.Tensor | None, offsets: torch.Tensor | None) -> torch.Tensor | None:
-            return entries if entries is None or offsets is None else entries[: int(offsets[-1])]
+            if entries is None or offsets is None:
+                return entries
+            unit = -(-len(entries) // _LENGTHS)
+            return entries[: -(-int(offsets[-1]) // unit) * unit]
 
         return self._replace(
             context=cut(self.context, self.offsets), image_of=cut(self.image_of, self.offsets),

@@ -352,11 +352,11 @@ def build_sampler(c: config.Config) -> MultiBlockSampler:
 
 
 def place_masks(masks: Masks, compiled: str, device: torch.device) -> Masks:
-    """The masks on `device`; on a CPU without padding, which only keeps shapes few where each has a program or a graph
-    of its own (`compiled`, as `runtime.compile` says).
+    """The masks on `device`; on a CPU with little padding, which only keeps shapes few where each has a program or a
+    graph of its own (`compiled`, as `runtime.compile` says).
     """
     masks = masks.to(device)
-    return masks.without_padding() if device.type == "cpu" and compiled != "static" else masks
+    return masks.trimmed() if device.type == "cpu" and compiled != "static" else masks
 
 
 def needs_unions(c: config.Config) -> bool:

@@ -616,20 +616,24 @@ def test_maps_lead_back_to_the_patches(grid: int | tuple[int, int], mode: str) -
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_without_padding(mode: str) -> None:
-    """What is left is what was there, in the same memory."""
-    masks = make(mode).sample(3, range(16), union=True)
-    exact = masks.without_padding()
-    assert exact.union is not None and masks.union is not None and masks.union_offsets is not None
-    assert (exact.union >= 0).all() and (masks.union[len(exact.union) :] == -1).all()
-    assert len(exact.union) == masks.union_offsets[-1] and exact.union.data_ptr() == masks.union.data_ptr()
-    if mode == "packed":
-        assert masks.offsets is not None and exact.image_of is not None and masks.image_of is not None
-        assert len(exact.context) == len(exact.image_of) == masks.offsets[-1] < len(masks.context)
-        assert (exact.context >= 0).all() and exact.image_of.data_ptr() == masks.image_of.data_ptr()
-    else:
-        assert exact.context is masks.context and exact.image_of is None
-    assert exact.target is masks.target and exact.target_slot is masks.target_slot
+def test_trimmed(mode: str) -> None:
+    """All entries are there, in the same memory, and less than a 32nd of the list behind them; in few lengths."""
+    lengths = set()
+    for step in range(200):
+        masks = make(mode).sample(step, range(16), union=True)
+        trimmed = masks.trimmed()
+        lists = [(masks.union, trimmed.union, masks.union_offsets)]
+        if mode == "packed":
+            lists += [(getattr(masks, name), getattr(trimmed, name), masks.offsets) for name in ("context", "image_of")]
+        else:
+            assert trimmed.context is masks.context and trimmed.image_of is None
+        for whole, part, offsets in lists:
+            assert whole is not None and part is not None and offsets is not None
+            assert part.data_ptr() == whole.data_ptr()
+            assert 0 <= len(part) - int(offsets[-1]) <= len(whole) / 32
+        assert trimmed.target is masks.target and trimmed.target_slot is masks.target_slot
+        lengths.add((len(whole), len(part)))
+    assert len(lengths) <= 60, lengths
 
 
 def test_mean_size_of_the_union() -> None:
