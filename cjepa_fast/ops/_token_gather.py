@@ -262,12 +262,9 @@ def _predictor_tokens_eager(
 
 def _sequences_eager(context: Tensor, masks: Tensor, offsets: Tensor | None, rows: int | None = None) -> Tensor:
     """[context | masks of one block] for each image and block; masks [B, M, Kt, D]."""
-    batch, blocks, length, width = masks.shape
-    if offsets is None and rows is not None and torch.compiler.is_compiling():  # no size of a cat but a sum
-        out = masks.new_empty(batch, blocks, rows, width)
-        out.narrow(2, 0, context.shape[1]).copy_(context[:, None])
-        out.narrow(2, context.shape[1], length).copy_(masks)
-        return out
+    batch, blocks, length, _ = masks.shape
+    if offsets is None and rows is not None and torch.compiler.is_compiling():  # the size of a cat would be a sum
+        return F.pad(context, (0, 0, 0, rows - context.shape[1]))[:, None] + F.pad(masks, (0, 0, rows - length, 0))
     if offsets is None:
         return torch.cat([context[:, None].expand(-1, blocks, -1, -1), masks], dim=2)
 
