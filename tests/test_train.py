@@ -621,7 +621,11 @@ def broken(folder: Path, name: str, content: bytes) -> Path:
         (["--data.probe-root", "{tmp}/other"], "classes"),
         (["--config", "{tmp}/typo.yaml"], "optim.lr"),
         (["--resume", "{tmp}/empty"], "config.yaml"),
-        (["--mask.min-keep", "30"], "min_keep"),
+        (["--mask.min-keep", "30"], "mask: min_keep"),
+        (["--optim.epochs", "1e308", "--optim.steps", "None"], "optim.epochs: makes a run of inf steps"),
+        (["--optim.steps", "1000000000000"], "optim.steps: makes a run of 1e+12 steps"),
+        (["--optim.warmup-epochs", "1e308", "--optim.steps", "5"], "optim.warmup_epochs"),
+        (["--run.dir", "{tmp}/run", "lr", "3"], "--run.dir: expected a path or None, got"),
         (["--runtime.kernels", "triton"], "runtime.kernels: triton cannot run"),
         (["--runtime.attention", "sdpa_cudnn"], "runtime.attention: sdpa_cudnn cannot run"),
         pytest.param(
