@@ -328,7 +328,9 @@ class Mixture:
         labels = [m.labels for m in manifests]
         self.labels = np.concatenate([x for x in labels if x is not None]) if self.classes else None
         shares = (f"{m.description}, weight {w:g}" for m, w in zip(manifests, weights, strict=True))
+        unused = "; labels not used as the sources name different classes"
         self.description = manifests[0].description if len(manifests) == 1 else "; ".join(shares)
+        self.description += unused if not same else ""
 
     def __len__(self) -> int:
         return self.starts[-1]
