@@ -83,7 +83,7 @@ def save(folder: Path, step: int, state: dict[str, Tensor], *, keep: int, extra:
 def require(folder: Path) -> None:
     """Raises UserError if `folder` holds no checkpoint."""
     if not _steps(folder):
-        raise UserError(f"{folder}: no checkpoint there; start a new run without --resume")
+        raise UserError(f"{folder}: no checkpoint there; remove the folder or name another, without --resume")
 
 
 def load(folder: Path, state: dict[str, Tensor]) -> tuple[int, dict[str, Any]]:
@@ -108,7 +108,15 @@ def load(folder: Path, state: dict[str, Tensor]) -> tuple[int, dict[str, Any]]:
 
 
 def _in_a_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[-300:]
+    """What is wrong: of what DCP met on all ranks, and what that arose from, the system's word if there is one."""
+    met: list[BaseException] = [error]
+    if isinstance(error, CheckpointException):  # its own text is every traceback
+        met = [each for each, _ in error.failures.values()]
+    for each in met:
+        if each.__context__ is not None:
+            met.append(each.__context__)
+    refusal = next((each for each in met if isinstance(each, OSError)), met[0])
+    return " ".join(str(refusal).split())[-300:]
 
 
 def _dcp(call: Callable[..., Any], state: dict[str, Tensor], folder: Path) -> None:

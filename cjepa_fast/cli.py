@@ -197,6 +197,9 @@ def _entries(node: yaml.Node, path: Path, prefix: str, known: Iterable[str]) -> 
     lines: dict[str, int] = {}
     for key, value in node.value:
         name = prefix + (key.value if isinstance(key, yaml.ScalarNode) else "[...]")
+        if name not in here and name in known:
+            section, _, leaf = name.partition(".")
+            raise _error(path, key, f"{name!r} is written as a section; put '{leaf}: ...' under '{section}:'")
         if name not in here:
             raise _error(path, key, f"unknown key {name!r}{did_you_mean(name, (*sorted(here), *known))}")
         if name in lines:
@@ -305,7 +308,7 @@ def _check_flag_values(argv: Sequence[str]) -> None:
                 raise UserError(f"--{flag}: takes no value, got {values[0]!r}; {remedy}")
             continue
         try:
-            _convert(values if get_origin(annotation) is tuple else " ".join(values) or [], annotation)
+            _convert(values[0] if len(values) == 1 and get_origin(annotation) is not tuple else values, annotation)
         except ValueError as expected:
             found = repr(" ".join(values)) if values else "nothing"
             raise UserError(f"--{flag}: expected {expected}, got {found}") from None

@@ -274,6 +274,8 @@ class Steps:
     warmup: int
 
 
+MAX_STEPS = 10_000_000  # the schedules hold 24 bytes a step
+
 RESULTS = ("model", "mask", "loss", "optim", "data", "seed")
 
 
@@ -405,15 +407,22 @@ def read_world(environ: Mapping[str, str]) -> World:
 
 
 def count_steps(config: Config, num_images: int) -> Steps:
-    """The length of a run on `num_images` training images; raises UserError if they do not fill one batch."""
+    """The length of a run on `num_images` training images.
+
+    Raises UserError if they do not fill one batch, or for more than `MAX_STEPS`.
+    """
     optim = config.optim
     per_epoch = num_images // optim.batch_size  # an incomplete last batch is left out
     if per_epoch == 0:
         raise UserError(
             f"optim.batch_size: {optim.batch_size} exceeds the {num_images} training images; use at most that"
         )
-    total = optim.steps if optim.steps is not None else max(1, round(optim.epochs * per_epoch))
-    return Steps(total=total, per_epoch=per_epoch, warmup=round(optim.warmup_epochs * per_epoch))
+    total = optim.steps if optim.steps is not None else optim.epochs * per_epoch
+    if total > MAX_STEPS:
+        key = "optim.epochs" if optim.steps is None else "optim.steps"
+        raise UserError(f"{key}: makes a run of {total:,.3g} steps; use at most {MAX_STEPS:,}")
+    warmup = round(min(optim.warmup_epochs * per_epoch, MAX_STEPS))
+    return Steps(total=max(1, round(total)), per_epoch=per_epoch, warmup=warmup)
 
 
 def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
@@ -435,6 +444,12 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         f"is not a multiple of model.patch_size {model.patch_size};"
         f" use {_multiples(model.image_size, model.patch_size)}",
     )
+    side = model.image_size // model.patch_size
+    yield (
+        "model.image_size",
+        2 <= side <= 64,
+        f"makes {side} patches of model.patch_size {model.patch_size} a side; use 2 to 64 of them",
+    )
     heads = encoder.heads if model.predictor_heads is None else model.predictor_heads
     yield "model.predictor_heads", heads >= 1, "is out of range; use at least 1"
     yield (
@@ -449,7 +464,7 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         f"needs model.precision bf16, not {model.precision}; use same",
     )
 
-    patches = (model.image_size // model.patch_size) ** 2
+    patches = side**2
     for key in ("mask.target_scale", "mask.context_scale", "data.crop_scale"):
         low, high = get(config, key)
         yield key, 0 < low <= high <= 1, "is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1"
@@ -466,7 +481,6 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
         mask.mode not in ("block", "random") or not loss.vicreg_weight or loss.vicreg_views != "target_blocks",
         "has one target, no pair for loss.vicreg_views target_blocks; use context_target, or loss.vicreg_weight 0",
     )
-    side = model.image_size // model.patch_size
     yield (
         "mask.mode",
         mask.mode != "rasterized" or side % 2 == 0,
@@ -553,11 +567,13 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
     yield "data.std", all(s > 0 for s in data.std), "is out of range; use three numbers above 0"
     yield "seed", 0 <= config.seed < 2**63, "is out of range; use 0 to 2**63 - 1"
 
-    for key in ("accumulate", "fsdp_blocks", "data_threads", "prefetch"):
+    for key in ("accumulate", "fsdp_blocks", "prefetch"):
         yield _at_least(config, f"runtime.{key}", 1)
-    for key in ("shard_size", "cpu_threads"):
+    for key in ("data_threads", "cpu_threads"):
         value = get(config, f"runtime.{key}")
-        yield f"runtime.{key}", value is None or value >= 1, "is out of range; use at least 1"
+        yield f"runtime.{key}", value is None or 1 <= value <= 1024, "is out of range; use 1 to 1024"
+    shards = runtime.shard_size
+    yield "runtime.shard_size", shards is None or shards >= 1, "is out of range; use at least 1"
     yield (
         "runtime.memory_gb",
         runtime.memory_gb is None or runtime.memory_gb > 0,

@@ -431,8 +431,14 @@ def _stream(
     pipeline: Any = None
     feed = _Feed(source, requests, threads=options.threads, depth=options.prefetch)
 
+    unreadable: list[_Request] = []
+
     def supply() -> list[Any]:
         request = feed.get()
+        # DALI 2.4 may crash over bytes that start like no image: it throws while its threads still use what that frees
+        if request is not None and request.unread:
+            unreadable.append(request)
+            request = None
         if request is None:
             raise StopIteration  # tells DALI that the data ends here
         in_flight.append(request)
@@ -455,12 +461,12 @@ def _stream(
             try:
                 (images,) = pipeline.run(None if gpu is None else torch.cuda.current_stream(gpu))
             except StopIteration:
+                if unreadable:
+                    raise _Failed(unreadable, None) from None
                 return
             except RuntimeError as error:
                 raise _Failed(list(in_flight), error) from None
             request = in_flight.popleft()
-            if request.unread:
-                raise _Failed([request, *in_flight], None)
             if gpu is not None:  # the GPU may still be reading the encoded images
                 used.append((request, torch.cuda.current_stream(gpu).record_event()))
                 while used[0][1].query() and len(used) > 1:
@@ -547,8 +553,8 @@ class _Feed:
             for data in self._source.read_many(ids):
                 if isinstance(data, SampleError):
                     unread[data.sample] = str(data)
-                    data = b"\0"  # is no image: it fails in its turn, not before
-                encoded.append(TensorCPU(data))
+                else:
+                    encoded.append(TensorCPU(data))
             part.set_result((encoded, unread))
 
 

@@ -111,12 +111,17 @@ def _parse(data: bytes, size: int, max_pixels: int, *, thorough: bool) -> Header
         if len(data) < size:
             raise
         raise BadImage("truncated", f"ends after {size:,} bytes, inside its header") from None
+    raise no_image(data)
+
+
+def no_image(data: bytes) -> BadImage:
+    """What is wrong with bytes that start with none of `STARTS`."""
     for magic, what in _FOREIGN.items():
         if data.startswith(magic):
-            raise BadImage("unsupported", f"is {what}")
+            return BadImage("unsupported", f"is {what}")
     if data[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1", b"ftypheix"):
-        raise BadImage("unsupported", "is an AVIF or HEIC, which DALI does not decode")
-    raise BadImage("not an image", f"starts with {data[:8]!r}, not as a JPEG, PNG, WebP, BMP, PNM or TIFF does")
+        return BadImage("unsupported", "is an AVIF or HEIC, which DALI does not decode")
+    return BadImage("not an image", f"starts with {data[:8]!r}, not as a JPEG, PNG, WebP, BMP, PNM or TIFF does")
 
 
 def _header(form: int, width: int, height: int, max_pixels: int, orientation: int = 1) -> Header:
@@ -485,3 +490,4 @@ _PARSERS = {
     b"II+\0": _tiff,
     b"MM\0+": _tiff,
 }
+STARTS = tuple(_PARSERS)  # an image starts with one of these

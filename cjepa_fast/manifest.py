@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from cjepa_fast.errors import UserError
-from cjepa_fast.images import BadImage, inspect
+from cjepa_fast.images import STARTS, BadImage, inspect, no_image
 from cjepa_fast.shards import ShardFault, first_line, image_column, open_regular, parquet_file
 from cjepa_fast.sources import epoch_visits, printable
 
@@ -208,7 +208,12 @@ class Manifest:
             except SampleError as error:
                 yield error
             else:
-                yield data if len(data) == size else self._changed(i)
+                if len(data) != size:
+                    yield self._changed(i)
+                elif data.startswith(STARTS):
+                    yield data
+                else:
+                    yield SampleError(i, f"{self.name(i)}: {no_image(data).detail}")
 
     def _retry(self, i: int, path: str, offset: int, size: int, error: Exception) -> bytes:
         """The bytes of an image that could not be read because of `error`. Raises SampleError."""
@@ -328,7 +333,9 @@ class Mixture:
         labels = [m.labels for m in manifests]
         self.labels = np.concatenate([x for x in labels if x is not None]) if self.classes else None
         shares = (f"{m.description}, weight {w:g}" for m, w in zip(manifests, weights, strict=True))
+        unused = "; labels not used as the sources name different classes"
         self.description = manifests[0].description if len(manifests) == 1 else "; ".join(shares)
+        self.description += unused if not same else ""
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -13,6 +13,7 @@ from cjepa_fast.distributed import gather_rows, world_size
 from cjepa_fast.errors import UserError
 from cjepa_fast.health import knn_accuracy
 from cjepa_fast.manifest import Mixture
+from cjepa_fast.sources import printable
 from cjepa_fast.views import epoch_order
 
 NEIGHBOURS = 20
@@ -41,7 +42,8 @@ class Probe:
             raise UserError(f"data.root: the 20-NN probe needs labels, found {source.description}")
         if queries is not None and queries.classes != source.classes:
             raise UserError(
-                "data.probe_root: its classes are not those of data.root; use the test split of the same data"
+                f"data.probe_root: has {_classes(queries)}, data.root has {_classes(source)}; "
+                "use the test split of the same data, labelled alike"
             )
         order = epoch_order(len(source), seed=_SPLIT_SEED, epoch=0)
         if queries is None:
@@ -79,3 +81,8 @@ class Probe:
         assert source.labels is not None
         labels = torch.from_numpy(source.labels[ids]).to(self._device)
         return gather_rows(features)[: len(ids)], labels
+
+
+def _classes(source: Mixture) -> str:
+    named = [printable(name) for name in source.classes[:3]] + ["..."] * (len(source.classes) > 3)
+    return f"{len(source.classes):,} classes ({', '.join(named)})" if named else "no labels"

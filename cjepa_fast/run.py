@@ -9,10 +9,12 @@ RUN/index/           the manifests of data.root, see cjepa_fast.index
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ COLUMNS = {
 def refuse_existing(directory: Path) -> None:
     """Raises UserError if `directory` holds anything: a new run never writes over an old one."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"run.dir: {directory} exists; continue it with --resume {directory}, or name another")
+        raise UserError(f"run.dir: {directory} exists; go on with --resume {directory}, remove it or name another")
 
 
 def require_sinks(*, tensorboard: bool, wandb_project: str | None) -> None:
@@ -51,6 +53,8 @@ class RunDirectory:
             about to be written again.
         total_steps: for the progress bar.
         tensorboard, wandb_project: optional further sinks, see `require_sinks`.
+
+    Raises UserError, on construction and later, if the folder cannot be written.
     """
 
     def __init__(
@@ -69,15 +73,14 @@ class RunDirectory:
         self._bar: Any = None
         if config_yaml is not None:
             refuse_existing(directory)
-            try:
+        with self._writing():
+            if config_yaml is not None:
                 directory.mkdir(parents=True, exist_ok=True)
                 (directory / CONFIG).write_text(config_yaml)
-            except OSError as error:
-                raise UserError(f"run.dir: {directory} cannot be written: {error.strerror}") from None
-        text = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= resume_step)
-        if (directory / METRICS).is_file() and (directory / METRICS).read_text() != text:
-            _replace(directory / METRICS, text)  # a torn line goes too: it would swallow the next one
-        self._file = open(directory / METRICS, "a", buffering=1)  # noqa: SIM115 - open for the run's life
+            text = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= resume_step)
+            if (directory / METRICS).is_file() and (directory / METRICS).read_text() != text:
+                _replace(directory / METRICS, text)  # a torn line goes too: it would swallow the next one
+            self._file = open(directory / METRICS, "a", buffering=1)  # noqa: SIM115 - open for the run's life
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -104,7 +107,8 @@ class RunDirectory:
 
     def log(self, values: dict[str, Any]) -> None:
         """Appends one line of metrics (it must hold `step`) and shows it."""
-        self._file.write(json.dumps(values) + "\n")
+        with self._writing():
+            self._file.write(json.dumps(values) + "\n")
         shown = {name: format(values[name], spec) for name, spec in COLUMNS.items() if values.get(name) is not None}
         step = values["step"]
         if self._bar is not None:
@@ -129,7 +133,15 @@ class RunDirectory:
 
     def state(self, status: str, step: int, **more: Any) -> None:
         """Replaces run_state.json, atomically."""
-        _replace(self.directory / STATE, json.dumps({"status": status, "step": step, **more}, indent=1) + "\n")
+        with self._writing():
+            _replace(self.directory / STATE, json.dumps({"status": status, "step": step, **more}, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"run.dir: {self.directory} cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
         """Flushes every sink."""

@@ -344,11 +344,14 @@ def build_networks(c: config.Config) -> Networks:
 
 def build_sampler(c: config.Config) -> MultiBlockSampler:
     """The mask sampler of a configuration. Raises UserError if the masks it asks for do not fit its grid."""
-    return MultiBlockSampler(
-        c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
-        target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-        min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
-    )  # fmt: skip
+    try:
+        return MultiBlockSampler(
+            c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
+            target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
+            min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
+        )  # fmt: skip
+    except UserError as error:  # names the sampler's arguments
+        raise UserError(f"mask: {error}") from None
 
 
 def place_masks(masks: Masks, compiled: str, device: torch.device) -> Masks:

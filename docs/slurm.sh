@@ -19,6 +19,7 @@ if compgen -G "$run/checkpoints/step-*" > /dev/null; then
 else
     arguments=(--run.dir "$run" "$@")
 fi
+before=$(cat "$run/run_state.json" 2> /dev/null)
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # torchrun passes on the signals it is told of; USR1 would else end it alone and orphan its processes. That of torch 2.11
 # knows no --shutdown-timeout: leave it out there, and let a checkpoint and run.log_every steps fit in 30 s
@@ -27,7 +28,8 @@ srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node gpu \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 110 \
     -m cjepa_fast.train "${arguments[@]}"
 code=$? # 1 after a signal, also when the checkpoint is complete
-if grep -q '"status": "preempted"' "$run/run_state.json"; then
+# a job that fails before its first step leaves what the one before it wrote, and would be queued without end
+if [ "$before" != "$(cat "$run/run_state.json")" ] && grep -q '"status": "preempted"' "$run/run_state.json"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $code

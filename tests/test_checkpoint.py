@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,19 @@ def test_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="checkpoint not written"):
         save(tmp_path / "file", 1)
+
+
+def test_a_full_disk_is_told_in_a_few_words(tmp_path: Path) -> None:
+    """DCP's own error is the tracebacks of all ranks, the last of which is torch.save's, about a file it left open."""
+    tensors = {"a": torch.zeros(100_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError) as caught:
+            checkpoint.save(tmp_path, 1, tensors, keep=2, extra={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).endswith("checkpoint not written; free space or permissions? [Errno 27] File too large")
 
 
 def test_other_networks_do_not_fit(tmp_path: Path) -> None:

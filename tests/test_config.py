@@ -176,6 +176,12 @@ BAD_FLAGS = [
     ("--runtime.hw-decoder-load 2", "runtime.hw_decoder_load: 2.0 is out of range; use 0 to 1"),
     ("--run.log-every 0", "run.log_every: 0 is out of range; use at least 1"),
     ("--run.keep-checkpoints 1", "run.keep_checkpoints: 1 is out of range; use at least 2"),
+    ("--runtime.data-threads 1025", "runtime.data_threads: 1025 is out of range; use 1 to 1024"),
+    ("--runtime.cpu-threads 0", "runtime.cpu_threads: 0 is out of range; use 1 to 1024"),
+    (
+        "--model.image-size 8",
+        "model.image_size: 8 makes 1 patches of model.patch_size 8 a side; use 2 to 64 of them",
+    ),
     ("--seed -1", "seed: -1 is out of range; use 0 to 2**63 - 1"),
 ]
 
@@ -189,6 +195,7 @@ def test_bad_flags(flags: str, message: str, capfd: pytest.CaptureFixture[str]) 
 # text of exp.yaml -> message after "exp.yaml"
 BAD_YAML = [
     ("optim:\n  lrr: 1", ":2: unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+    ("optim.lr: 1", ":1: 'optim.lr' is written as a section; put 'lr: ...' under 'optim:'"),
     ("lr: 1", ":1: unknown key 'lr'; did you mean 'optim.lr'?"),
     ("optm: {lr: 1}", ":1: unknown key 'optm'; did you mean 'optim'?"),
     ("<<: {lr: 1}", ":1: unknown key '<<'"),

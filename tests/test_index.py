@@ -596,6 +596,8 @@ def test_labels_of_a_mixture_need_the_same_classes(tmp_path: Path):
     assert same.classes == ("x", "y") and same.labels is not None and same.labels.tolist() == [0, 1, 0, 1]
     other = open_sources([str(tmp_path / "a"), str(tmp_path / "c")])
     assert other.classes == () and other.labels is None
+    assert other.description.endswith("weight 1; labels not used as the sources name different classes")
+    assert "not used" not in same.description
 
 
 # --- the command
