@@ -7,6 +7,7 @@ bad_samples.jsonl: what was left out and why. An unchanged source is not read ag
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import itertools
@@ -69,6 +70,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 256  # images per task: below it handing tasks over costs more than the headers
 _ROWS = 4096  # the same for parquet, where a task reads whole row groups
 _START = 2**14  # bytes that hold nearly every header
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def open_sources(
@@ -573,12 +575,19 @@ def _workers(processes: int) -> Iterator[Executor]:
     if processes == 1:
         pool: Executor = ThreadPoolExecutor(1)
     else:
-        ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
-        pool = ProcessPoolExecutor(processes, get_context("fork"), initializer=signal.signal, initargs=ignore)
+        pool = ProcessPoolExecutor(processes, get_context("fork"), initializer=_serve, initargs=(os.getpid(),))
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _serve(parent: int) -> None:
+    """Ctrl-C is for the parent to act on; a worker that outlived it would hold its lock, and who indexes next wait."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
 
 
 if __name__ == "__main__":
