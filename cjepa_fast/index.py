@@ -503,8 +503,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "roots", metavar="DATA", nargs="+", help="folder, shards, pattern or list; PATH=WEIGHT works too"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the manifest here instead of to the cache")
-    parser.add_argument("--mode", choices=["quick", "thorough"], default="thorough", help="headers, or every byte")
-    parser.add_argument("--processes", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument(
+        "--mode", choices=["quick", "thorough"], default="thorough", help="headers, or every byte (default)"
+    )
+    parser.add_argument(
+        "--processes", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="that read; all cores by default",
+    )  # fmt: skip
     parser.add_argument(
         "--max-pixels", type=_positive, default=MAX_PIXELS, metavar="N", help="larger ones are left out"
     )
@@ -534,8 +539,8 @@ def _positive(text: str) -> int:
 def _index(root: str, args: argparse.Namespace) -> None:
     out = args.out or cached_manifest(root, mode=args.mode, max_pixels=args.max_pixels)
     report = args.report or (out.with_name(f"{out.name}.bad_samples.jsonl" if args.out else "bad_samples.jsonl"))
-    start = time.perf_counter()
     with _locked(out) if args.out is None else nullcontext():
+        start = time.perf_counter()  # not before, when another process may be indexing
         old, why = _cached(out)
         if args.out and out.exists() and not _is_manifest(str(out)):
             raise UserError(f"{out}: exists and is not a manifest; give --out another name")
