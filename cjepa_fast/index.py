@@ -7,6 +7,7 @@ bad_samples.jsonl: what was left out and why. An unchanged source is not read ag
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import itertools
@@ -69,6 +70,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 256  # images per task: below it handing tasks over costs more than the headers
 _ROWS = 4096  # the same for parquet, where a task reads whole row groups
 _START = 2**14  # bytes that hold nearly every header
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def open_sources(
@@ -501,8 +503,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "roots", metavar="DATA", nargs="+", help="folder, shards, pattern or list; PATH=WEIGHT works too"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the manifest here instead of to the cache")
-    parser.add_argument("--mode", choices=["quick", "thorough"], default="thorough", help="headers, or every byte")
-    parser.add_argument("--processes", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument(
+        "--mode", choices=["quick", "thorough"], default="thorough", help="headers, or every byte (default)"
+    )
+    parser.add_argument(
+        "--processes", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="that read; all cores by default",
+    )  # fmt: skip
     parser.add_argument(
         "--max-pixels", type=_positive, default=MAX_PIXELS, metavar="N", help="larger ones are left out"
     )
@@ -532,8 +539,8 @@ def _positive(text: str) -> int:
 def _index(root: str, args: argparse.Namespace) -> None:
     out = args.out or cached_manifest(root, mode=args.mode, max_pixels=args.max_pixels)
     report = args.report or (out.with_name(f"{out.name}.bad_samples.jsonl" if args.out else "bad_samples.jsonl"))
-    start = time.perf_counter()
     with _locked(out) if args.out is None else nullcontext():
+        start = time.perf_counter()  # not before, when another process may be indexing
         old, why = _cached(out)
         if args.out and out.exists() and not _is_manifest(str(out)):
             raise UserError(f"{out}: exists and is not a manifest; give --out another name")
@@ -573,12 +580,19 @@ def _workers(processes: int) -> Iterator[Executor]:
     if processes == 1:
         pool: Executor = ThreadPoolExecutor(1)
     else:
-        ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
-        pool = ProcessPoolExecutor(processes, get_context("fork"), initializer=signal.signal, initargs=ignore)
+        pool = ProcessPoolExecutor(processes, get_context("fork"), initializer=_serve, initargs=(os.getpid(),))
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _serve(parent: int) -> None:
+    """Ctrl-C is for the parent to act on; a worker that outlived it would hold its lock, and who indexes next wait."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
 
 
 if __name__ == "__main__":

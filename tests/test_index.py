@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
@@ -727,3 +728,22 @@ def test_a_killed_worker_is_an_error(
 
 def die(*_: object, **__: object) -> None:
     os._exit(9)
+
+
+def test_a_killed_command_keeps_nobody_waiting(tmp_path: Path):
+    """Its workers inherit the lock."""
+    script = """
+import os, sys, time
+from pathlib import Path
+from cjepa_fast.index import _locked, _workers
+with _locked(Path(sys.argv[1])), _workers(2) as pool:
+    pool.submit(os.getpid).result()
+    print("indexing", flush=True)
+    time.sleep(60)
+"""
+    command = subprocess.Popen([sys.executable, "-c", script, tmp_path / "manifest"], stdout=subprocess.PIPE)
+    assert command.stdout is not None and command.stdout.readline() == b"indexing\n"
+    command.kill()
+    command.communicate(timeout=10)  # ends when no worker holds the pipe
+    with open(tmp_path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
