@@ -40,6 +40,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def data(cache: None, tmp_path: Path) -> Path:
+    """A folder for images, which the cache is not in."""
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills floating memory from torch.empty, empty_like and new_empty with NaN: an unwritten element shows."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
+from bad_images import SOUND
 from cjepa_fast import index
 from cjepa_fast.manifest import Manifest
 from cjepa_fast.sources import Rejected, find_source
@@ -12,3 +15,17 @@ from cjepa_fast.sources import Rejected, find_source
 def build(root: object, mode: index.Mode = "thorough", **options: int) -> tuple[Manifest, list[Rejected]]:
     with ThreadPoolExecutor(2) as pool:
         return index.build(find_source(str(root)), mode=mode, pool=pool, **options)
+
+
+def tar(*members: tuple[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar archive of (name, content)."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=form) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+PAIR = (("a.jpg", SOUND), ("b.jpg", SOUND))

@@ -23,13 +23,6 @@ from indexing import build
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def data(cache: None, tmp_path: Path) -> Path:
-    """A folder for images, which the cache is not in."""
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data"
-
-
 def matches(found: tuple, expected: tuple) -> bool:
     return found == expected or (found[0] == expected[0] and isinstance(expected[1], str) and expected[1] in found[1])
 
