@@ -22,7 +22,7 @@ from cjepa_fast import native, native_cuda, reference_masks
 from cjepa_fast.reference_masks import MaskSpec, Mode
 
 DTYPE = "int16"
-TESTS = ("test_masks.py", "test_mask_cuda.py", "test_native.py")
+TESTS = ("test_masks.py", "test_mask_samplers.py", "test_mask_cuda.py", "test_native.py")
 # grid: frequent target block, the faithful context window, context length of fixed mode
 GRIDS = {14: ((6, 6), (13, 13), 51), 16: ((7, 6), (15, 15), 70)}
 PUBLISHED = (Mode.FIXED, Mode.FAITHFUL)  # the modes of four blocks and a context of one length
