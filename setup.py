@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-native = runpy.run_path(str(Path(__file__).parent / "cjepa_fast" / "native.py"))
+native = runpy.run_path(str(Path(__file__).parent / "cjepa_fast" / "native" / "host.py"))
 library = Extension(
     "cjepa_fast._native",  # no Python module: native.py opens the file with ctypes
     sources=[f"csrc/{path.name}" for path in native["sources"]()],
@@ -17,8 +17,9 @@ library = Extension(
     optional=True,  # without a compiler the package installs and samples its masks with NumPy, resizes with torch
 )
 
+rooms = sorted(path.parent.name for path in Path(__file__).parent.glob("cjepa_fast/*/__init__.py"))
 setup(
-    packages=["cjepa_fast", "cjepa_fast.ops", "cjepa_fast.kernels"],
+    packages=["cjepa_fast", "cjepa_fast.kernels", *(f"cjepa_fast.{room}" for room in rooms)],
     package_data={"cjepa_fast": ["csrc/*"]},  # so that an installed package can build the library at run time
     ext_modules=[library],
 )

@@ -32,7 +32,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 import cjepa_fast.kernels
-from cjepa_fast.native_cuda import FLAGS
+from cjepa_fast.native.cuda import FLAGS
 
 # most shared memory that one block can have, KiB (CUDA C++ Programming Guide, table "Technical Specifications")
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}

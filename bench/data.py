@@ -36,9 +36,9 @@ from bench import run
 from bench.readers import MEAN, STD, Images, Pillow, lay_out, random_window, read_jpegs, readers, synthetic_jpegs
 from bench.waits import waits_in_training
 from cjepa_fast.errors import UserError
-from cjepa_fast.images import MAX_PIXELS
-from cjepa_fast.index import inspect_files
-from cjepa_fast.manifest import ENTRY, Manifest, Strings
+from cjepa_fast.feed.images import MAX_PIXELS
+from cjepa_fast.feed.index import inspect_files
+from cjepa_fast.feed.manifest import ENTRY, Manifest, Strings
 
 Row = dict[str, Any]
 
@@ -338,7 +338,7 @@ def opening(path: Path) -> tuple[float, float]:
     code = f"""
 import time
 from pathlib import Path
-from cjepa_fast.manifest import Manifest
+from cjepa_fast.feed.manifest import Manifest
 def most_resident():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 before, start = most_resident(), time.process_time()

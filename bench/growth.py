@@ -3,7 +3,7 @@
 On the CPU, with small models. The exponent of a quantity is the slope of its logarithm over that of the size, by least
 squares. Time is the median over rounds in which all sizes take turns. Memory is the bytes that one step saves for its
 backward pass, counted and not timed, so that it repeats exactly. Beside each stands the exponent of the model
-(`cjepa_fast.cost`) over the same sizes: a step may grow more slowly than its FLOP, because small products reach less of
+(`engine.cost`) over the same sizes: a step may grow more slowly than its FLOP, because small products reach less of
 the processor's rate, but not faster by more than `MARGIN`, which would be work or memory that nobody meant. Exit code
 1 if it does.
 """
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from bench import run, trainers
-from cjepa_fast import config, cost, vit
 from cjepa_fast.config import Config, World
-from cjepa_fast.presets import PRESETS
+from cjepa_fast.config import schema as config
+from cjepa_fast.config.presets import PRESETS
+from cjepa_fast.engine import cost
 
 Row = dict[str, Any]
 
@@ -83,8 +84,8 @@ def configure(size: Size) -> Config:
 def build(axis: str, value: int) -> Grown:
     """Our step as `bench.step` builds it, with one batch of random images."""
     size = Size()._replace(**{axis: value})
-    shape = vit.VitShape(size.width, size.depth, 3)
-    with mock.patch.dict(vit.ENCODERS, {"grown": shape}):
+    shape = config.VitShape(size.width, size.depth, 3)
+    with mock.patch.dict(config.ENCODERS, {"grown": shape}):
         c = configure(size)
         config.validate(c)
         trainer = trainers.build(trainers.Spec("ours", {}), c, torch.device("cpu"))

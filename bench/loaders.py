@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 
 from bench import readers
 from bench.references import Batch, Trainer, eager
-from cjepa_fast import data, index, train
+from cjepa_fast import train
 from cjepa_fast.config import Config
+from cjepa_fast.feed import batches as data
+from cjepa_fast.feed import index
 from cjepa_fast.masks import MultiBlockSampler
 
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cjepa_fast.data import Batches
 from cjepa_fast.errors import UserError
-from cjepa_fast.images import FORMATS
-from cjepa_fast.index import open_sources
+from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.images import FORMATS
+from cjepa_fast.feed.index import open_sources
 
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)  # the reference recipe
 MEAN, STD = np.array([0.485, 0.456, 0.406], dtype="f4"), np.array([0.229, 0.224, 0.225], dtype="f4")

@@ -1,6 +1,6 @@
 """A model of the training step on 1 to 1,024 GPUs:  python -m bench.scale --models S B L H g --gpus 8 64 1024
 
-Work, bytes and layout come from the code that trains: FLOP from `cjepa_fast.cost`, parameters from the networks
+Work, bytes and layout come from the code that trains: FLOP from `cjepa_fast.engine.cost`, parameters from the networks
 themselves, and every collective in the order in which FSDP2 and the batch statistics issue it. `--check 1 2 4` runs
 the real step in so many processes and compares number, group and bytes of all collectives with the model's, exactly.
 How fast GPUs and links are is an input: no default was measured here. See docs/benchmarks.md.
@@ -23,11 +23,13 @@ from torch import nn
 
 from bench import run, scale_check, trainers
 from bench.step_report import text_element
-from cjepa_fast import config, cost, train
+from cjepa_fast import train
 from cjepa_fast.config import Config, World
+from cjepa_fast.config import schema as config
+from cjepa_fast.engine import cost
+from cjepa_fast.engine.step import Networks
 from cjepa_fast.errors import UserError
 from cjepa_fast.ops import variance_covariance_form
-from cjepa_fast.step import Networks
 
 Row = dict[str, Any]
 

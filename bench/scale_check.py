@@ -19,10 +19,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cjepa_fast import config, distributed, train
+from cjepa_fast import distributed, train
 from cjepa_fast.config import Config, World
-from cjepa_fast.presets import PRESETS
-from cjepa_fast.step import forward_backward
+from cjepa_fast.config import schema as config
+from cjepa_fast.config.presets import PRESETS
+from cjepa_fast.engine.step import forward_backward
 
 STEPS = 2  # the first builds FSDP2's state, the second is like all others
 _IMAGES = 8  # of a process

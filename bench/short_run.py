@@ -19,9 +19,11 @@ from typing import Any
 import torch
 
 from bench import run
-from cjepa_fast import cli, config, train
+from cjepa_fast import train
+from cjepa_fast.config import cli
+from cjepa_fast.config import schema as config
+from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.errors import UserError
-from cjepa_fast.presets import PRESETS
 
 
 def configure(root: str | None, steps: int, directory: Path) -> config.Config:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from bench import readers, run, step_check, step_report, timing, trainers
-from cjepa_fast.cost import gflop_per_image
+from cjepa_fast.engine.cost import gflop_per_image
 
 ROOT = Path(__file__).parents[1]
 Row = dict[str, Any]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench import trainers
 from bench.references import Trainer
-from cjepa_fast import config
+from cjepa_fast.config import schema as config
 
 VARIANTS = (
     "ours",

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.references import Batch, Mark, Schedule, Trainer, eager, external, no_mark, tuned
-from cjepa_fast import config, train
+from cjepa_fast import train
 from cjepa_fast.config import Config
+from cjepa_fast.config import schema as config
+from cjepa_fast.config.presets import PRESETS
+from cjepa_fast.engine.step import Networks, forward_backward
 from cjepa_fast.masks import Masks
-from cjepa_fast.presets import PRESETS
-from cjepa_fast.step import Networks, forward_backward
 
 RIVALS = ("eager", "tuned", "ijepa")
 YARDSTICKS = ("lightly", "transformers")  # do less than a step

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from bench.readers import Images
-from cjepa_fast import config, ops, train
-from cjepa_fast.data import Batches
-from cjepa_fast.index import open_sources
-from cjepa_fast.presets import PRESETS
-from cjepa_fast.step import forward_backward
+from cjepa_fast import ops, train
+from cjepa_fast.config import schema as config
+from cjepa_fast.config.presets import PRESETS
+from cjepa_fast.engine.step import forward_backward
+from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.index import open_sources
 
 WARM_UP = 5
 MOST_IMAGES = 256  # of a preset's global batch on this one device

@@ -26,17 +26,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from cjepa_fast import checkpoint, cli, config, cost, data, distributed, graphs, index, ops, optim, vit
+from cjepa_fast import distributed, ops
 from cjepa_fast.cache import cached_folder
-from cjepa_fast.demo_data import DEMO_VERSION, write_demo_dataset
+from cjepa_fast.config import cli
+from cjepa_fast.config import schema as config
+from cjepa_fast.engine import cost, graphs, optim
+from cjepa_fast.engine.step import LossWeights, Networks, train_step
 from cjepa_fast.errors import UserError
-from cjepa_fast.losses import Projector
+from cjepa_fast.evaluation.knn import Probe
+from cjepa_fast.feed import batches as data
+from cjepa_fast.feed import index
+from cjepa_fast.feed.demo import DEMO_VERSION, write_demo_dataset
+from cjepa_fast.feed.views import Photometric
+from cjepa_fast.losses.second_moment import Projector
 from cjepa_fast.masks import Masks, MultiBlockSampler
-from cjepa_fast.meter import Meter
-from cjepa_fast.probe import Probe
-from cjepa_fast.run import CHECKPOINTS, INDEX, RunDirectory, refuse_existing, require_sinks
-from cjepa_fast.step import LossWeights, Networks, train_step
-from cjepa_fast.views import Photometric
+from cjepa_fast.networks import vit
+from cjepa_fast.run import checkpoint
+from cjepa_fast.run.meter import Meter
+from cjepa_fast.run.records import CHECKPOINTS, INDEX, RunDirectory, refuse_existing, require_sinks
 
 COLLAPSED = 0.1  # a feature_std under this share of the untrained encoder's is called a collapse
 
@@ -83,7 +90,7 @@ def train(command: cli.Command, world: config.World) -> int:
         ops.require_float8(device)
     if c.runtime.cuda_graph == "on":
         graphs.require(c.runtime.kernels, device)
-    shape, patches = vit.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
+    shape, patches = config.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
     ops.require_attention(
         c.runtime.attention, device.type, dtype=activation_dtype(c), length=patches,
         head_dims=(shape.width // shape.heads, c.model.predictor_width // (c.model.predictor_heads or shape.heads)),

@@ -7,9 +7,9 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 from bad_images import SOUND
-from cjepa_fast import index
-from cjepa_fast.manifest import Manifest
-from cjepa_fast.sources import Rejected, find_source
+from cjepa_fast.feed import index
+from cjepa_fast.feed.manifest import Manifest
+from cjepa_fast.feed.sources import Rejected, find_source
 
 
 def build(root: object, mode: index.Mode = "thorough", **options: int) -> tuple[Manifest, list[Rejected]]:

@@ -1,4 +1,4 @@
-"""Pictures to feed, and what `cjepa_fast.data.Batches` makes of them."""
+"""Pictures to feed, and what `cjepa_fast.feed.batches.Batches` makes of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from cjepa_fast.data import Batches
-from cjepa_fast.index import open_sources
-from cjepa_fast.manifest import Mixture
+from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.index import open_sources
+from cjepa_fast.feed.manifest import Mixture
 
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 

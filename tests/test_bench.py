@@ -17,7 +17,7 @@ import pytest
 
 from bench import data, gpu, waits
 from bench.readers import lay_out, synthetic_jpegs
-from cjepa_fast.manifest import Manifest
+from cjepa_fast.feed.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cjepa_fast import checkpoint
 from cjepa_fast.errors import UserError
+from cjepa_fast.run import checkpoint
 
 
 def state(value: float) -> dict[str, torch.Tensor]:

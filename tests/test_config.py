@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cjepa_fast.cli import load
 from cjepa_fast.config import (
     Config,
     World,
@@ -26,9 +25,10 @@ from cjepa_fast.config import (
     validate,
     validate_world,
 )
+from cjepa_fast.config.cli import load
+from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.errors import UserError
-from cjepa_fast.images import MAX_PIXELS
-from cjepa_fast.presets import PRESETS
+from cjepa_fast.feed.images import MAX_PIXELS
 
 DEMO = PRESETS["demo"]
 
@@ -530,7 +530,7 @@ def test_every_key_is_documented() -> None:
     import ast
     import inspect
 
-    import cjepa_fast.config as module
+    import cjepa_fast.config.schema as module
 
     for cls in ast.parse(inspect.getsource(module)).body:
         if isinstance(cls, ast.ClassDef) and cls.name.endswith("Config") and cls.name != "Config":
@@ -543,7 +543,7 @@ def test_every_key_is_documented() -> None:
 def test_import_needs_the_standard_library_alone() -> None:
     script = (
         "import sys; before = set(sys.modules)\n"
-        "import cjepa_fast.config, cjepa_fast.presets, cjepa_fast.cost\n"
+        "import cjepa_fast.config.schema, cjepa_fast.config.presets, cjepa_fast.engine.cost\n"
         "names = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(sorted(names - set(sys.stdlib_module_names)))"
     )

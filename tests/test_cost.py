@@ -15,16 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cjepa_fast.config import Config, World, replace
-from cjepa_fast.cost import gflop_per_image, memory_bytes, parameters, report, save_memory
+from cjepa_fast.config import Config, World, encoder_shape, replace
+from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.distributed import checkpoint_activations
+from cjepa_fast.engine.cost import gflop_per_image, memory_bytes, parameters, report, save_memory
+from cjepa_fast.engine.step import LossWeights, forward_backward
 from cjepa_fast.errors import UserError
-from cjepa_fast.losses import Projector
+from cjepa_fast.losses.second_moment import Projector
 from cjepa_fast.masks import Masks
-from cjepa_fast.presets import PRESETS
-from cjepa_fast.step import LossWeights, forward_backward
+from cjepa_fast.networks.vit import Encoder, Predictor, build_encoder, build_predictor, hold_copies
 from cjepa_fast.train import build_networks
-from cjepa_fast.vit import Encoder, Predictor, build_encoder, build_predictor, encoder_shape, hold_copies
 
 SMALL, BASE, LARGE = (PRESETS[f"cjepa_vit_{name}16_in1k"] for name in ("small", "base", "large"))
 HUGE = PRESETS["ijepa_vit_huge14_in1k"]

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from bad_images import png_header
-from cjepa_fast import data
-from cjepa_fast.data import center_batches
 from cjepa_fast.errors import UserError
-from cjepa_fast.manifest import Mixture
-from cjepa_fast.views import Photometric, batch_ids, crop_windows, flip_flags
+from cjepa_fast.feed import batches as data
+from cjepa_fast.feed.batches import center_batches
+from cjepa_fast.feed.manifest import Mixture
+from cjepa_fast.feed.views import Photometric, batch_ids, crop_windows, flip_flags
 from pictures import (
     RATIO,
     SCALE,
@@ -451,7 +451,7 @@ def test_missing_dali_is_named(source: Mixture, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_import_needs_neither_dali_nor_pillow():
-    code = "import sys; sys.modules.update({'nvidia': None, 'PIL': None}); import cjepa_fast.data"
+    code = "import sys; sys.modules.update({'nvidia': None, 'PIL': None}); import cjepa_fast.feed.batches"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 

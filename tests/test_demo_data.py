@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_fast.demo_data import CLASSES, IMAGE_SIZE, write_demo_dataset
+from cjepa_fast.feed.demo import CLASSES, IMAGE_SIZE, write_demo_dataset
 
 TRAIN, TEST = 60, 20
 

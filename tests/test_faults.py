@@ -12,11 +12,12 @@ import torch
 from nvidia.dali import tensors
 
 from bad_images import png_chunk, png_header
-from cjepa_fast import data, manifest
-from cjepa_fast.data import BadImages, center_batches
 from cjepa_fast.errors import UserError
-from cjepa_fast.manifest import Mixture
-from cjepa_fast.views import batch_ids, epoch_order
+from cjepa_fast.feed import batches as data
+from cjepa_fast.feed import manifest
+from cjepa_fast.feed.batches import BadImages, center_batches
+from cjepa_fast.feed.manifest import Mixture
+from cjepa_fast.feed.views import batch_ids, epoch_order
 from pictures import assert_same, batches, fifty, images_by_step, opened, over_ranks, packed, picture
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -12,14 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from cjepa_fast import distributed, ops, vit
+from cjepa_fast import distributed, ops
+from cjepa_fast.config import VitShape
+from cjepa_fast.engine.optim import AdamW, parameter_groups
+from cjepa_fast.engine.step import LossWeights, Networks, target_embeddings, train_step
 from cjepa_fast.errors import UserError
-from cjepa_fast.losses import Projector
+from cjepa_fast.losses.second_moment import Projector
 from cjepa_fast.masks import Masks, MultiBlockSampler
-from cjepa_fast.optim import AdamW, parameter_groups
-from cjepa_fast.step import LossWeights, Networks, target_embeddings, train_step
+from cjepa_fast.networks import vit
+from cjepa_fast.networks.vit import Encoder, Predictor
 from cjepa_fast.train import main
-from cjepa_fast.vit import Encoder, Predictor, VitShape
 
 SHAPE, SIZE, PATCH, BATCH = VitShape(64, 2, 2), 24, 4, 8
 WEIGHTS = LossWeights("smooth_l1", 2.5, 2.5, 0.1)

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from cjepa_fast import config, cost, graphs, ops, optim
+from cjepa_fast import ops
+from cjepa_fast.config import schema as config
+from cjepa_fast.engine import cost, graphs, optim
+from cjepa_fast.engine.optim import AdamW
+from cjepa_fast.engine.step import StepOutput, Terms
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import Masks
-from cjepa_fast.optim import AdamW
-from cjepa_fast.step import StepOutput, Terms
 from cjepa_fast.train import main
 from runs import metrics, without_clocks, write_images
 
@@ -92,7 +94,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     monkeypatch.setattr(graphs, "Recorder", StandIn)
     monkeypatch.setattr("cjepa_fast.train.place_masks", lambda masks, *_: masks)  # a GPU's keep their padding
     # else every step of so small a batch would show the health figures all target rows
-    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 16)
+    monkeypatch.setattr("cjepa_fast.run.meter.FEATURE_ROWS", 16)
     StandIn.made = []
     return StandIn
 
@@ -204,7 +206,7 @@ def test_graphs_change_nothing_on_a_gpu(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
 ) -> None:
     """Real captures and replays, also of compiled blocks; ours are deterministic, torch's kernels need not all be."""
-    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 16)
+    monkeypatch.setattr("cjepa_fast.run.meter.FEATURE_ROWS", 16)
     more = ["--runtime.device", "cuda", *more]
     plain = run(images, tmp_path / "plain", *more)
     graphed = run(images, tmp_path / "graphed", *more, "--runtime.cuda-graph", "on")

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cjepa_fast.health import cosine_gap, feature_std, knn_accuracy, rankme
+from cjepa_fast.evaluation.health import cosine_gap, feature_std, knn_accuracy, rankme
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

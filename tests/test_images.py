@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bad_images import CASES, SOUND, Case, encode, jpeg, jpeg_frame, png_bomb, png_header, tree
-from cjepa_fast import index
-from cjepa_fast.images import FORMATS, REASONS, BadImage, inspect, inspect_header
+from cjepa_fast.feed import index
+from cjepa_fast.feed.images import FORMATS, REASONS, BadImage, inspect, inspect_header
 from indexing import build
 
 ROOT = Path(__file__).parents[1]

@@ -12,18 +12,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = sorted((ROOT / "cjepa_fast").glob("*.py"))
-DOOR = sorted((ROOT / "cjepa_fast" / "ops").glob("*.py"))  # may name the kernels, the extension and triton
+LIBRARY = sorted(path for path in (ROOT / "cjepa_fast").rglob("*.py") if path.parent.name != "kernels")
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-EVERYTHING = [*LIBRARY, *DOOR, *KERNELS, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
+EVERYTHING = [*LIBRARY, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 
-# arrows point down only; a module that is not listed stands beside the rows
-ROWS = {
-    "train": 4,
-    "step": 3, "graphs": 3, "checkpoint": 3, "data": 3,
-    "vit": 2, "losses": 2, "masks": 2, "optim": 2,
-    "native": 0, "native_cuda": 0, "reference": 0, "reference_masks": 0,
-}  # fmt: skip
+# Rooms from the top: a room imports only from its own row and from rows below. Entry points are imported by nobody.
+ENTRY_POINTS = ("train", "index")
+ROWS = (
+    ENTRY_POINTS,
+    ("run",),
+    ("engine",),
+    ("evaluation", "methods"),
+    ("feed", "networks", "losses"),
+    ("masks", "ops", "native", "kernels"),
+    ("config", "reference", "distributed", "errors", "philox", "cache"),
+)
+ROW = {room: index for index, row in enumerate(ROWS) for room in row}
 OPTIONAL = ("triton", "nvidia.dali", "timm", "transformers", "torchvision", "tyro", "yaml", "PIL")
 
 
@@ -51,46 +55,74 @@ def test_kernels_import_torch_triton_and_siblings_only(path: Path) -> None:
     assert [name for name in imports(path, "siblings") if not within(name, allowed)] == []
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
-def test_library_reaches_kernels_through_the_door_only(path: Path) -> None:
-    behind = ("cjepa_fast.kernels", "cjepa_fast.native", "cjepa_fast.native_cuda", "triton")
-    if path.stem == "native_cuda":  # builds as `native` builds
-        behind = ("cjepa_fast.kernels", "triton")
-    assert [name for name in imports(path, "cjepa_fast") if within(name, behind)] == []
+def name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "cjepa_fast").with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", DOOR, ids=lambda path: path.stem)
-def test_the_door_leads_down_only(path: Path) -> None:
-    """Its files import each other, errors, the truth and what lies behind; kernels and triton when they are needed."""
-    allowed = ("ops", "errors", "distributed", "reference", "reference_masks", "native", "native_cuda", "kernels")
-    names = [name for name in imports(path, "cjepa_fast.ops") if within(name, ("cjepa_fast",))]
-    assert [n for n in names if n != "cjepa_fast" and not within(n.removeprefix("cjepa_fast."), allowed)] == []
-    behind = ("cjepa_fast.kernels", "triton")
-    assert [name for name in imports(path, "cjepa_fast.ops", at_import_only=True) if within(name, behind)] == []
+def room(path: Path) -> str:
+    """The folder of cjepa_fast that holds a file, or the file's own name."""
+    return path.relative_to(ROOT / "cjepa_fast").with_suffix("").parts[0]
 
 
 def ours(path: Path, at_import_only: bool = False) -> set[str]:
-    """The modules of the library that one of its files imports."""
-    names = imports(path, "cjepa_fast", at_import_only)
-    return {name.split(".")[1] for name in names if name.startswith("cjepa_fast.")} & {p.stem for p in LIBRARY}
+    """Modules of the library that one of its files imports: `{"feed.index", "errors"}`."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    names = (n for n in imports(path, package, at_import_only) if within(n, ("cjepa_fast",)))
+    found = {n.removeprefix("cjepa_fast.") for n in names}
+    modules = {name(other).removesuffix(".__init__") for other in LIBRARY} | {"kernels"}
+    return {n for n in found if n in modules or within(n, ("kernels",))} - {name(path)}
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
-def test_arrows_point_down(path: Path) -> None:
-    names, own = ours(path), ROWS.get(path.stem)
-    assert "train" not in names, "nobody imports an entry point"
-    if own is not None:
-        assert {name for name in names if ROWS.get(name, 0) > own} == set()
-        assert own >= 3 or "config" not in names, "below step.py: numbers and tensors, no configuration"
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_imports_run_down(path: Path) -> None:
+    if path.parent.name == "cjepa_fast" and path.stem == "__init__":
+        return
+    rooms = {n.split(".")[0] for n in ours(path)} - {room(path)}
+    assert not rooms & set(ENTRY_POINTS), "nobody imports an entry point"
+    assert {r for r in rooms if ROW[r] < ROW[room(path)]} == set()
 
 
-def test_no_import_cycle() -> None:
-    graph = {path.stem: ours(path, at_import_only=True) for path in LIBRARY}
+def test_rooms_form_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in LIBRARY:
+        if path.parent.name != "cjepa_fast" or path.stem != "__init__":
+            graph.setdefault(room(path), set()).update({n.split(".")[0] for n in ours(path)} - {room(path)})
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
+def test_files_form_no_circle() -> None:
+    graph = {name(path): ours(path, at_import_only=True) for path in LIBRARY if path.stem != "__init__"}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_only_ops_opens_the_kernels(path: Path) -> None:
+    """`ops` is the one door to `kernels` and `native`, and imports kernels and triton only when it needs them."""
+    if room(path) in ("ops", "native"):
+        names = imports(path, "cjepa_fast.ops", at_import_only=True)
+        behind: tuple[str, ...] = ("cjepa_fast.kernels", "triton")
+    else:
+        names, behind = imports(path, "cjepa_fast"), ("cjepa_fast.kernels", "cjepa_fast.native", "triton")
+    assert [n for n in names if within(n, behind)] == []
+
+
+@pytest.mark.parametrize("path", [p for p in LIBRARY if room(p) in ("networks", "losses", "masks", "ops")], ids=name)
+def test_numbers_and_tensors_below_the_engine(path: Path) -> None:
+    """These rooms take no configuration; the table of encoders is all that they read of `config`."""
+    taken = {n for n in imports(path, "cjepa_fast") if within(n, ("cjepa_fast.config",))}
+    table = ("ENCODERS", "VitShape", "encoder_shape")
+    assert taken <= {"cjepa_fast.config", *(f"cjepa_fast.config.{n}" for n in table)}
+
+
+def test_config_needs_the_standard_library_alone() -> None:
+    for path in LIBRARY:
+        if room(path) == "config":
+            names = {n.split(".")[0] for n in imports(path, "cjepa_fast.config")}
+            assert names <= {"cjepa_fast", "tyro", "yaml", *sys.stdlib_module_names}, path.name
+
+
 def test_the_truth_imports_nothing_of_ours() -> None:
-    assert ours(ROOT / "cjepa_fast" / "reference.py") == set()
+    assert ours(ROOT / "cjepa_fast" / "reference" / "method.py") == set()
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -124,7 +156,7 @@ def test_kernels_are_importable_from_the_bare_checkout() -> None:
 
 def test_library_imports_without_anything_optional_and_fast() -> None:
     """Time of the processor beyond torch's own import, as the machine may be busy with other things."""
-    modules = ["cjepa_fast.ops", *(f"cjepa_fast.{path.stem}" for path in LIBRARY if not path.stem.startswith("__"))]
+    modules = [f"cjepa_fast.{name(path)}" for path in LIBRARY if path.stem != "__init__"]
     seconds = python(f"""
 import importlib, importlib.abc, sys, time
 

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 
 from bad_images import CASES, SOUND, jpeg, tree
-from cjepa_fast import index
 from cjepa_fast.errors import UserError
-from cjepa_fast.images import FORMATS, REASONS
-from cjepa_fast.index import cached_manifest, main, open_sources
-from cjepa_fast.manifest import SampleError
-from cjepa_fast.sources import Rejected, find_source
+from cjepa_fast.feed import index
+from cjepa_fast.feed.images import FORMATS, REASONS
+from cjepa_fast.feed.index import cached_manifest, open_sources
+from cjepa_fast.feed.manifest import SampleError
+from cjepa_fast.feed.sources import Rejected, find_source
+from cjepa_fast.index import main
 from indexing import PAIR, build, tar
 
 ROOT = Path(__file__).parents[1]
@@ -268,8 +269,9 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, cache: Path):
     )
     code = f"""
 import os, sys
-from cjepa_fast.data import Batches
-from cjepa_fast.index import main, open_sources
+from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.index import open_sources
+from cjepa_fast.index import main
 import torch, nvidia.dali.fn, nvidia.dali.pipeline
 changed = set()
 def hook(event, args):
@@ -578,7 +580,7 @@ def test_a_killed_command_keeps_nobody_waiting(tmp_path: Path):
     script = """
 import os, sys, time
 from pathlib import Path
-from cjepa_fast.index import _locked, _workers
+from cjepa_fast.feed.index import _locked; from cjepa_fast.index import _workers
 with _locked(Path(sys.argv[1])), _workers(2) as pool:
     pool.submit(os.getpid).result()
     print("indexing", flush=True)

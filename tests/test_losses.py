@@ -9,7 +9,13 @@ import torch
 
 from cjepa_fast import reference
 from cjepa_fast.errors import UserError
-from cjepa_fast.losses import GlobalBatchNorm, Projector, block_vicreg, context_target_vicreg, prediction_loss
+from cjepa_fast.losses.second_moment import (
+    GlobalBatchNorm,
+    Projector,
+    block_vicreg,
+    context_target_vicreg,
+    prediction_loss,
+)
 
 
 def wave(*shape: int, phase: float = 0.0) -> torch.Tensor:

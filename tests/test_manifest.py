@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from bad_images import SOUND, jpeg
-from cjepa_fast import index
 from cjepa_fast.errors import UserError
-from cjepa_fast.index import cached_manifest, open_sources
-from cjepa_fast.manifest import Manifest, ManifestError, SampleError
+from cjepa_fast.feed import index
+from cjepa_fast.feed.index import cached_manifest, open_sources
+from cjepa_fast.feed.manifest import Manifest, ManifestError, SampleError
 from indexing import PAIR, build, tar
 
 

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_fast import native, native_cuda, ops, reference_masks
+from cjepa_fast import ops
 from cjepa_fast.masks import MultiBlockSampler
-from cjepa_fast.reference_masks import MaskArrays, MaskSpec, Mode
+from cjepa_fast.native import cuda as native_cuda
+from cjepa_fast.native import host as native
+from cjepa_fast.reference import masks as reference_masks
+from cjepa_fast.reference.masks import MaskArrays, MaskSpec, Mode
 
 TESTS = Path(__file__).resolve().parent
 KERNEL = TESTS.parent / "csrc" / "mask_sampler.cu"

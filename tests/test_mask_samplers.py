@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cjepa_fast import native, ops, reference_masks
+from cjepa_fast import ops
 from cjepa_fast.masks import MODES
+from cjepa_fast.native import host as native
 from cjepa_fast.philox import philox4x32
-from cjepa_fast.reference_masks import MaskSpec, Mode
+from cjepa_fast.reference import masks as reference_masks
+from cjepa_fast.reference.masks import MaskSpec, Mode
 from masking import make
 
 RANDOM123 = (  # Random123's known answers for philox4x32-10: counter, key, output

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_fast import config, cost, ops, reference_masks
+from cjepa_fast import ops
+from cjepa_fast.config import schema as config
+from cjepa_fast.config.presets import PRESETS
+from cjepa_fast.engine import cost
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import MODES, Masks, MultiBlockSampler
-from cjepa_fast.presets import PRESETS
-from cjepa_fast.reference_masks import MaskSpec, Mode
+from cjepa_fast.reference import masks as reference_masks
+from cjepa_fast.reference.masks import MaskSpec, Mode
 from masking import ABLATIONS, make
 
 CUT = ("fixed", "faithful")  # the contexts are cut to one length

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_fast import native, reference_masks
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import MultiBlockSampler
-from cjepa_fast.reference_masks import MaskSpec, Mode
+from cjepa_fast.native import host as native
+from cjepa_fast.reference import masks as reference_masks
+from cjepa_fast.reference.masks import MaskSpec, Mode
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASE = (*native.FLAGS, "-DCJEPA_CLONES=")

@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from cjepa_fast import checkpoint
+from cjepa_fast.engine.optim import AdamW, parameter_groups, schedules
+from cjepa_fast.engine.step import Networks
 from cjepa_fast.errors import UserError
 from cjepa_fast.ops import _choice
-from cjepa_fast.optim import AdamW, parameter_groups, schedules
-from cjepa_fast.step import Networks
+from cjepa_fast.run import checkpoint
 from test_step import networks
 
 RECIPE = {"lr": 1e-3, "start_lr": 1e-4, "final_lr": 1e-6, "weight_decay": 0.04, "final_weight_decay": 0.4}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cjepa_fast import native
+from cjepa_fast.native import host as native
 from cjepa_fast.ops import resize_images
 
 

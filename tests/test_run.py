@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cjepa_fast.errors import UserError
-from cjepa_fast.run import RunDirectory
+from cjepa_fast.run.records import RunDirectory
 
 
 def opened(folder: Path, *, resume_step: int | None) -> RunDirectory:

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bad_images import jpeg
-from cjepa_fast import sources
 from cjepa_fast.errors import UserError
-from cjepa_fast.shards import Member, ShardFault, list_tar, tar_members
-from cjepa_fast.sources import epoch_visits, expand_pattern, find_source, parse_root, printable
+from cjepa_fast.feed import sources
+from cjepa_fast.feed.shards import Member, ShardFault, list_tar, tar_members
+from cjepa_fast.feed.sources import epoch_visits, expand_pattern, find_source, parse_root, printable
 from indexing import build
 
 IMAGE = jpeg()

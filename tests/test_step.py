@@ -11,11 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import reference
-from cjepa_fast.losses import Projector
+from cjepa_fast.config import VitShape
+from cjepa_fast.engine.optim import AdamW, parameter_groups, schedules
+from cjepa_fast.engine.step import LossWeights, Networks, StepOutput, forward_backward, target_embeddings
+from cjepa_fast.losses.second_moment import Projector
 from cjepa_fast.masks import Masks, MultiBlockSampler
-from cjepa_fast.optim import AdamW, parameter_groups, schedules
-from cjepa_fast.step import LossWeights, Networks, StepOutput, forward_backward, target_embeddings
-from cjepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, Predictor, VitShape
+from cjepa_fast.networks.vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, Predictor
 
 SHAPE, NARROW, SIZE, PATCH, BATCH = VitShape(32, 2, 2), VitShape(16, 2, 2), 24, 4, 8
 WEIGHTS = LossWeights("smooth_l1", 2.5, 2.5, 0.1)

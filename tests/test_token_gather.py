@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import ops, reference
+from cjepa_fast.config import VitShape
 from cjepa_fast.errors import UserError
+from cjepa_fast.networks.vit import Encoder, Predictor
 from cjepa_fast.ops import _token_gather as door
-from cjepa_fast.vit import Encoder, Predictor, VitShape
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -24,11 +24,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from cjepa_fast import checkpoint, config
+from cjepa_fast.config import schema as config
+from cjepa_fast.config.presets import PRESETS
+from cjepa_fast.engine.step import forward_backward
+from cjepa_fast.feed.views import epoch_order
 from cjepa_fast.masks import Masks
 from cjepa_fast.ops import _choice
-from cjepa_fast.presets import PRESETS
-from cjepa_fast.step import forward_backward
+from cjepa_fast.run import checkpoint
 from cjepa_fast.train import (
     InterruptFlag,
     build_networks,
@@ -40,7 +42,6 @@ from cjepa_fast.train import (
     needs_unions,
     place_masks,
 )
-from cjepa_fast.views import epoch_order
 from runs import metrics, without_clocks, write_images
 
 STEPS = 12
@@ -251,7 +252,7 @@ def test_attention_that_takes_no_packed_rows(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It leaves those of the target encoder's last block to auto, and says so."""
-    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 8)  # else the health figures would want whole outputs
+    monkeypatch.setattr("cjepa_fast.run.meter.FEATURE_ROWS", 8)  # else the health figures would want whole outputs
     options = ["--run.log-every", "4", "--optim.steps", "4", "--optim.warmup-epochs", "0"]
     (plain,) = run(images, tmp_path / "plain", *options)
     _choice.announce.cache_clear()

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from cjepa_fast import views
 from cjepa_fast.errors import UserError
-from cjepa_fast.manifest import Mixture
-from cjepa_fast.views import Photometric, batch_ids, crop_windows, epoch_order, flip_flags
+from cjepa_fast.feed import views
+from cjepa_fast.feed.manifest import Mixture
+from cjepa_fast.feed.views import Photometric, batch_ids, crop_windows, epoch_order, flip_flags
 from pictures import RATIO, SCALE, batches, fifty, opened, picture
 
 pytestmark = pytest.mark.usefixtures("cache")

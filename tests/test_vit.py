@@ -11,14 +11,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cjepa_fast import reference
+from cjepa_fast.config import ENCODERS, VitShape
 from cjepa_fast.errors import UserError
-from cjepa_fast.vit import (
-    ENCODERS,
+from cjepa_fast.networks.vit import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Encoder,
     Predictor,
-    VitShape,
     build_encoder,
     build_predictor,
     hold_copies,

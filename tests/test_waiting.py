@@ -14,13 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cjepa_fast.ops._adamw_ema
 import cjepa_fast.ops._choice
-from cjepa_fast.losses import Projector
+from cjepa_fast.config import VitShape
+from cjepa_fast.engine.optim import AdamW, parameter_groups, schedules
+from cjepa_fast.engine.step import LossWeights, Networks, train_step
+from cjepa_fast.losses.second_moment import Projector
 from cjepa_fast.masks import MultiBlockSampler
-from cjepa_fast.meter import Meter
-from cjepa_fast.optim import AdamW, parameter_groups, schedules
-from cjepa_fast.step import LossWeights, Networks, train_step
+from cjepa_fast.networks.vit import Encoder, Predictor
+from cjepa_fast.run.meter import Meter
 from cjepa_fast.train import main
-from cjepa_fast.vit import Encoder, Predictor, VitShape
 from runs import write_images
 
 SIZE, PATCH, BATCH = 24, 4, 8
@@ -172,7 +173,7 @@ def test_the_loop_waits_for_nothing(
         watch.__exit__(None, None, None)
 
     # batches of 2048 images leave steps with target unions in an interval
-    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 8)
+    monkeypatch.setattr("cjepa_fast.run.meter.FEATURE_ROWS", 8)
     monkeypatch.setattr("cjepa_fast.train.place_masks", lambda masks, *_: masks)  # a GPU's keep their padding
     calls = bounded(monkeypatch, enter, leave)
     try:
@@ -198,7 +199,7 @@ def test_the_loop_waits_for_nothing_on_a_gpu(
     def enter() -> None:
         torch.cuda.set_sync_debug_mode("error" if next(intervals) > 0 else "default")
 
-    monkeypatch.setattr("cjepa_fast.meter.FEATURE_ROWS", 8)
+    monkeypatch.setattr("cjepa_fast.run.meter.FEATURE_ROWS", 8)
     calls = bounded(monkeypatch, enter, lambda: torch.cuda.set_sync_debug_mode("default"))
     # one block size: the later ones would compile later
     sizes = ["--mask.target-scale", "0.17", "0.17", "--mask.target-aspect", "1", "1", "--mask.context-scale", "1", "1"]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import UNINTERPRETED, Case, Variant
-from cjepa_fast.optim import AdamW
-from cjepa_fast.vit import build_encoder, build_predictor
+from cjepa_fast.engine.optim import AdamW
+from cjepa_fast.networks.vit import build_encoder, build_predictor
 
 DTYPE = "fp32"
 # encoder, patch size, depth of its predictor

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from bench.cases import Case, Variant
 from bench.timing import Inputs
-from cjepa_fast import native, native_cuda, reference_masks
-from cjepa_fast.reference_masks import MaskSpec, Mode
+from cjepa_fast.native import cuda as native_cuda
+from cjepa_fast.native import host as native
+from cjepa_fast.reference import masks as reference_masks
+from cjepa_fast.reference.masks import MaskSpec, Mode
 
 DTYPE = "int16"
 TESTS = ("test_masks.py", "test_mask_samplers.py", "test_mask_cuda.py", "test_native.py")

@@ -2,7 +2,7 @@
 
 `eager` trains the way the published trainer does, `tuned` the way a strong engineer would write it today without
 kernels of his own, `external` wraps code that is not ours. All take one state dict, with the names of
-`cjepa_fast.step.Networks`, and compute the same loss.
+`cjepa_fast.engine.step.Networks`, and compute the same loss.
 """
 
 from __future__ import annotations

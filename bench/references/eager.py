@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.references import Batch, Mark, Schedule, build_projector, loss_weights, no_mark, padded
-from cjepa_fast import optim
-from cjepa_fast.config import Config
+from cjepa_fast.config import Config, VitShape, encoder_shape
+from cjepa_fast.engine import optim
 from cjepa_fast.masks import Masks
-from cjepa_fast.vit import VitShape, encoder_shape, sincos_positions
+from cjepa_fast.networks.vit import sincos_positions
 
 
 class Attention(nn.Module):

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from bench.references import Batch, Mark, Schedule, build_projector, no_mark
 from bench.references.eager import normalised
-from cjepa_fast import optim
-from cjepa_fast.config import Config
+from cjepa_fast.config import Config, VitShape, encoder_shape
+from cjepa_fast.engine import optim
 from cjepa_fast.masks import Masks
-from cjepa_fast.vit import VitShape, encoder_shape
 
 
 class _Foreign(nn.Module):

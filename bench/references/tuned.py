@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from bench.references import Batch, Mark, Schedule, build_projector, loss_weights, no_mark, padded
 from bench.references.eager import one_pass
-from cjepa_fast import optim
-from cjepa_fast.config import Config
+from cjepa_fast.config import Config, VitShape, encoder_shape
+from cjepa_fast.engine import optim
 from cjepa_fast.masks import Masks
-from cjepa_fast.vit import LayerNorm, VitShape, encoder_shape, sincos_positions, take_rows
+from cjepa_fast.networks.vit import LayerNorm, sincos_positions, take_rows
 
 
 class Linear(nn.Linear):

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cjepa_fast import native, native_cuda, reference_masks
 from cjepa_fast.errors import UserError
-from cjepa_fast.reference_masks import MaskArrays, MaskSpec
+from cjepa_fast.native import cuda as native_cuda
+from cjepa_fast.native import host as native
+from cjepa_fast.reference import masks as reference_masks
+from cjepa_fast.reference.masks import MaskArrays, MaskSpec
 
 _IMAGES_PER_THREAD, _MAX_THREADS = 1024, 8  # below a thousand images a thread costs more than it samples
 
@@ -45,7 +47,7 @@ def mask_sampler(impl: str) -> str:
 def sample_masks(
     spec: MaskSpec, ids: np.ndarray, *, impl: str, inverse: bool = False, union: bool = False
 ) -> MaskArrays:
-    """Masks of the samples `ids` [B] int64: see `cjepa_fast.reference_masks.sample`; `impl` is "native" or "numpy".
+    """Masks of the samples `ids` [B] int64: see `cjepa_fast.reference.masks.sample`; `impl` is "native" or "numpy".
 
     Raises ValueError for arguments that are not as documented.
     """
@@ -57,7 +59,7 @@ def sample_masks(
 
 
 def sample_masks_on_gpu(spec: MaskSpec, step: Tensor, ids: Tensor, **options: Any) -> native_cuda.DeviceMasks:
-    """The same masks in one launch, from a step and ids that lie on the GPU: see `cjepa_fast.native_cuda.sample_masks`.
+    """The same masks in one launch, from a step and ids that lie on the GPU: see `cjepa_fast.native.cuda.sample_masks`.
 
     `mask_sampler("cuda")` must have been asked before.
     """

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from cjepa_fast import native
+from cjepa_fast.native import host as native
 from cjepa_fast.ops._choice import announce
 
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cjepa_fast import ops, reference_masks
+from cjepa_fast import ops
 from cjepa_fast.errors import UserError
 from cjepa_fast.philox import philox4x32
-from cjepa_fast.reference_masks import MAX_SIDE, MAX_TARGETS, MaskSpec, Mode
+from cjepa_fast.reference import masks as reference_masks
+from cjepa_fast.reference.masks import MAX_SIDE, MAX_TARGETS, MaskSpec, Mode
 
 Range = tuple[float, float]
 Size = tuple[int, int]

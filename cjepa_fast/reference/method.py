@@ -1,7 +1,7 @@
 """The truth: every piece of the method in plain PyTorch, written as the papers state it, in any dtype.
 
 Nothing here is fast. In fp64 it is what tests compare with; in the working dtype it is what benchmarks start from.
-Networks are functions of a state dict, so that they share no code with `cjepa_fast.vit`.
+Networks are functions of a state dict, so that they share no code with `cjepa_fast.networks.vit`.
 """
 
 from __future__ import annotations

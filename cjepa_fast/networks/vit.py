@@ -23,31 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cjepa_fast import ops
+from cjepa_fast.config import VitShape, encoder_shape
 from cjepa_fast.errors import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class VitShape(NamedTuple):
-    """Width D, number of blocks, attention heads and hidden-to-width ratio of the MLP."""
-
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
-
-
-ENCODERS: dict[str, VitShape] = {
-    "vit_demo": VitShape(96, 3, 4),  # ours: a minute or two on two CPU cores
-    "vit_pico": VitShape(128, 4, 4),  # ours: CIFAR-10 on two CPU cores
-    "vit_tiny": VitShape(192, 12, 3),  # tiny to base: DeiT (Touvron et al., 2021), ViT (Dosovitskiy et al., 2021)
-    "vit_small": VitShape(384, 12, 6),
-    "vit_base": VitShape(768, 12, 12),
-    "vit_large": VitShape(1024, 24, 16),
-    "vit_huge": VitShape(1280, 32, 16),
-    "vit_giant": VitShape(1408, 40, 16, 48 / 11),  # Zhai et al., 2022 (arXiv 2106.04560), table 2
-}
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
@@ -145,7 +125,7 @@ class LayerNorm(_Rounding, nn.LayerNorm):
 def hold_copies(network: nn.Module, dtype: torch.dtype, *, rounded_grads: bool) -> dict[Tensor, Tensor]:
     """Gives linear layers and layer norms copies of their parameters in `dtype`: no pass need cast them.
 
-    Whoever changes the parameters must change the copies: `cjepa_fast.optim.AdamW` does. Not for parameters that FSDP2
+    Whoever changes the parameters must change the copies: `engine.optim.AdamW` does. Not for parameters that FSDP2
     shards: it makes copies of its own.
 
     Args:
@@ -547,13 +527,6 @@ def build_predictor(
     encoder = encoder_shape(name)
     shape = VitShape(width, depth, heads or encoder.heads)
     return Predictor(shape, encoder.width, _grid(image_size, patch_size), **options)
-
-
-def encoder_shape(name: str) -> VitShape:
-    """The entry of `ENCODERS`; raises UserError that lists the known names."""
-    if name not in ENCODERS:
-        raise UserError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
-    return ENCODERS[name]
 
 
 def _grid(image_size: int, patch_size: int) -> tuple[int, int]:

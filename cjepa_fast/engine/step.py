@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cjepa_fast.distributed import world_size
-from cjepa_fast.losses import Projector, block_vicreg, context_target_vicreg, prediction_loss
+from cjepa_fast.engine.optim import AdamW
+from cjepa_fast.losses.second_moment import Projector, block_vicreg, context_target_vicreg, prediction_loss
 from cjepa_fast.masks import Masks
-from cjepa_fast.optim import AdamW
-from cjepa_fast.vit import Encoder, Layout, Predictor, Selection
+from cjepa_fast.networks.vit import Encoder, Layout, Predictor, Selection
 
 
 class Networks(nn.Module):
@@ -38,7 +38,7 @@ class Networks(nn.Module):
         target_encoder.requires_grad_(False)
 
     def averages(self) -> dict[Tensor, Tensor]:
-        """From the encoder's parameters to their averages, the target encoder's: for `cjepa_fast.optim.AdamW`."""
+        """From the encoder's parameters to their averages, the target encoder's: for `engine.optim.AdamW`."""
         return dict(zip(self.encoder.parameters(), self.target_encoder.parameters(), strict=True))
 
 
@@ -132,7 +132,7 @@ def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks],
     et al., 2021): the same gradient at the price of one more forward pass.
 
     Args:
-        images: see `cjepa_fast.vit.Encoder`; B images of this rank. With one dimension more, [2, ...], two views of
+        images: see `networks.vit.Encoder`; B images of this rank. With one dimension more, [2, ...], two views of
             them: the student sees the first, the target encoder the second.
         masks: on the images' device, for each micro-batch in turn. Where they list unions of targets, which
             `vicreg_views` context_target has no use for, only these target rows are computed.

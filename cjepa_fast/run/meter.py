@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cjepa_fast.distributed import gather_rows, mean_over_ranks
-from cjepa_fast.health import cosine_gap, feature_std, rankme
+from cjepa_fast.engine.step import StepOutput, Terms
+from cjepa_fast.evaluation.health import cosine_gap, feature_std, rankme
 from cjepa_fast.masks import Masks
-from cjepa_fast.step import StepOutput, Terms
 
 FEATURE_ROWS = 2048  # images behind feature_std and RankMe: the last ones of the interval
 

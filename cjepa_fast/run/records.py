@@ -3,8 +3,8 @@
 RUN/config.yaml      every setting, resolved
 RUN/metrics.jsonl    one JSON object a line, one line an interval
 RUN/run_state.json   status (running, completed, preempted, failed), last step, last probe
-RUN/checkpoints/     see cjepa_fast.checkpoint
-RUN/index/           the manifests of data.root, see cjepa_fast.index
+RUN/checkpoints/     see cjepa_fast.run.checkpoint
+RUN/index/           the manifests of data.root, see cjepa_fast.feed.index
 """
 
 from __future__ import annotations

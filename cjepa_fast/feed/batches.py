@@ -1,6 +1,6 @@
 """Indexed images to uint8 batches: reading ahead, decoding and augmenting by NVIDIA DALI, and bad images.
 
-What is shown when is drawn in `cjepa_fast.views` and fed to DALI as tensors: DALI draws nothing, so a run resumes from
+What is shown when is drawn in `feed.views` and fed to DALI as tensors: DALI draws nothing, so a run resumes from
 its step alone and sees the same pixels whatever the number of ranks, threads or prefetched batches.
 
 Legend: b images of one rank (the global batch over world_size), V views, H = W = image_size.
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cjepa_fast.errors import UserError
-from cjepa_fast.manifest import Mixture, SampleError
-from cjepa_fast.views import MAX_VIEWS, Photometric, batch_ids, crop_windows, flip_flags
+from cjepa_fast.feed.manifest import Mixture, SampleError
+from cjepa_fast.feed.views import MAX_VIEWS, Photometric, batch_ids, crop_windows, flip_flags
 
 if TYPE_CHECKING:
     import torch

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cjepa_fast.data import BadImages, center_batches
 from cjepa_fast.distributed import gather_rows, world_size
 from cjepa_fast.errors import UserError
-from cjepa_fast.health import knn_accuracy
-from cjepa_fast.manifest import Mixture
-from cjepa_fast.sources import printable
-from cjepa_fast.views import epoch_order
+from cjepa_fast.evaluation.health import knn_accuracy
+from cjepa_fast.feed.batches import BadImages, center_batches
+from cjepa_fast.feed.manifest import Mixture
+from cjepa_fast.feed.sources import printable
+from cjepa_fast.feed.views import epoch_order
 
 NEIGHBOURS = 20
 _SPLIT_SEED = 20  # of the choice of bank and queries: fixed, so that every run on a data set has the same probe

@@ -52,7 +52,7 @@ def load(argv: Sequence[str]) -> Command:
 
     Prints for `--help` only, which exits with 0. Raises UserError, one line, for everything that is wrong.
     """
-    from cjepa_fast.presets import PRESETS
+    from cjepa_fast.config.presets import PRESETS
 
     _check_flag_names(argv)
     base = PRESETS[DEFAULT_PRESET]
@@ -251,7 +251,7 @@ def _parse_flags(argv: Sequence[str], base: Config) -> _Flags:
     """`base` with the flags on top; where tyro would draw a box, raises UserError with one line."""
     import tyro
 
-    from cjepa_fast.presets import PRESETS
+    from cjepa_fast.config.presets import PRESETS
 
     complaint = io.StringIO()
     try:

@@ -1,6 +1,6 @@
 """Whole training steps as CUDA graphs, one for each block size: a replay is one launch. Not yet run on a GPU.
 
-What a graph holds is `cjepa_fast.step.train_step`: both passes, optimizer and averages. It saves the host's time, some
+What a graph holds is `engine.step.train_step`: both passes, optimizer and averages. It saves the host's time, some
 thousand launches a step, so it pays where the GPU waits for the host: small models and small batches. It costs memory:
 gradients stay between steps, and backward adds to the zeros in them (16 bytes a parameter more to read and write in
 fp32, by count); each graph keeps its outputs; all share the rest, which steps that warm up cannot use.
@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cjepa_fast.engine.optim import AdamW, fuses
+from cjepa_fast.engine.step import StepOutput
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import Masks
-from cjepa_fast.optim import AdamW, fuses
-from cjepa_fast.step import StepOutput
 
 # steps of a shape before its capture: they compile, tune and allocate what lasts, none of which a graph can
 WARM_UPS = 2

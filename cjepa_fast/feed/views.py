@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from cjepa_fast.errors import UserError
-from cjepa_fast.manifest import Mixture
+from cjepa_fast.feed.manifest import Mixture
 from cjepa_fast.philox import philox4x32
 
 # The last counter word keeps the streams of one seed apart; the mask sampler's stay below 2**30 there.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cjepa_fast.config import Config, World, count_steps, shard_size
 
 if TYPE_CHECKING:
-    from cjepa_fast.vit import VitShape
+    from cjepa_fast.config import VitShape
 
 
 class Cost(NamedTuple):
@@ -217,7 +217,7 @@ def memory_bytes(
     working = max(working_on(predictor, rows), working_on(encoder, context_rows))
     peak = state + held + passing + target + moments[moment]
     if runtime.cuda_graph == "on":
-        from cjepa_fast.graphs import MOST
+        from cjepa_fast.engine.graphs import MOST
 
         peak += target + moments[moment] - before - cast + MOST * (size * wide * target_rows + target)
     return Memory(state, gradients, cast + held + passing, target, context, predicted, working, peak, moment)
@@ -328,7 +328,7 @@ def _flop(giga: float) -> str:
 
 def _shapes(config: Config) -> tuple[VitShape, VitShape]:
     """The encoder's and the predictor's."""
-    from cjepa_fast.vit import VitShape, encoder_shape
+    from cjepa_fast.config import VitShape, encoder_shape
 
     model = config.model
     encoder = encoder_shape(model.encoder)

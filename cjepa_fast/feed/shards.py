@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from cjepa_fast.errors import UserError
-from cjepa_fast.images import SUFFIXES
-from cjepa_fast.sources import LABEL_COLUMNS, Listing, Rejected, printable
+from cjepa_fast.feed.images import SUFFIXES
+from cjepa_fast.feed.sources import LABEL_COLUMNS, Listing, Rejected, printable
 
 # --- tar
 

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from cjepa_fast.reference_masks import MaskArrays, MaskSpec
+    from cjepa_fast.reference.masks import MaskArrays, MaskSpec
 
 log = logging.getLogger(__name__)
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 # No -march=native: the cache may be shared by machines of several kinds.
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-pthread")
 _BUILD_TIMEOUT_S = 120
@@ -185,7 +185,7 @@ def sample_masks(
     """As `reference_masks.sample`, bit for bit, for any number of threads; the arguments have been checked."""
     import numpy as np
 
-    from cjepa_fast.reference_masks import MaskArrays, Mode
+    from cjepa_fast.reference.masks import MaskArrays, Mode
 
     batch, patches = len(ids), spec.height * spec.width
     targets = (batch, spec.num_targets, spec.target_h * spec.target_w)

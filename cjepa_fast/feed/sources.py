@@ -2,7 +2,7 @@
 
 A root is a folder of images (with or without class folders), tar shards (a folder of them, a pattern or one file),
 parquet files of encoded images, or a list of paths. What it is follows from what is there; `KIND:` in front decides.
-What lies in a shard is listed by `cjepa_fast.shards`.
+What lies in a shard is listed by `cjepa_fast.feed.shards`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cjepa_fast.errors import UserError
-from cjepa_fast.images import SUFFIXES
+from cjepa_fast.feed.images import SUFFIXES
 from cjepa_fast.philox import philox4x32
 
 KINDS = ("folder", "tar", "parquet", "list")

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from cjepa_fast.errors import UserError
-from cjepa_fast.images import STARTS, BadImage, inspect, no_image
-from cjepa_fast.shards import ShardFault, first_line, image_column, open_regular, parquet_file
-from cjepa_fast.sources import epoch_visits, printable
+from cjepa_fast.feed.images import STARTS, BadImage, inspect, no_image
+from cjepa_fast.feed.shards import ShardFault, first_line, image_column, open_regular, parquet_file
+from cjepa_fast.feed.sources import epoch_visits, printable
 
 MAGIC = b"CJEPA manifest 1"
 _PREFIX = struct.Struct("<16sQII")  # magic, bytes of the description, its crc32, the arrays' crc32

@@ -16,8 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cjepa_fast import native
-from cjepa_fast.reference_masks import MaskSpec, Mode
+from cjepa_fast.native import host as native
+from cjepa_fast.reference.masks import MaskSpec, Mode
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses and their validation; how they are read is in `cjepa_fast.cli`.
+"""What a run is made of: frozen dataclasses and their validation; how they are read is in `cjepa_fast.config.cli`.
 
 `model`, `mask`, `loss`, `optim`, `data` and `seed` decide the results; `runtime` must not change them; `run`
 says where and what is recorded. Importing this module needs the standard library alone.
@@ -13,12 +13,40 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from cjepa_fast.errors import UserError
 
 Range = tuple[float, float]
 RGB = tuple[float, float, float]
+
+
+class VitShape(NamedTuple):
+    """Width D, number of blocks, attention heads and hidden-to-width ratio of the MLP."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float = 4.0
+
+
+ENCODERS: dict[str, VitShape] = {
+    "vit_demo": VitShape(96, 3, 4),  # ours: a minute or two on two CPU cores
+    "vit_pico": VitShape(128, 4, 4),  # ours: CIFAR-10 on two CPU cores
+    "vit_tiny": VitShape(192, 12, 3),  # tiny to base: DeiT (Touvron et al., 2021), ViT (Dosovitskiy et al., 2021)
+    "vit_small": VitShape(384, 12, 6),
+    "vit_base": VitShape(768, 12, 12),
+    "vit_large": VitShape(1024, 24, 16),
+    "vit_huge": VitShape(1280, 32, 16),
+    "vit_giant": VitShape(1408, 40, 16, 48 / 11),  # Zhai et al., 2022 (arXiv 2106.04560), table 2
+}
+
+
+def encoder_shape(name: str) -> VitShape:
+    """The entry of `ENCODERS`; raises UserError that lists the known names."""
+    if name not in ENCODERS:
+        raise UserError(f"unknown encoder {name!r}; known: {', '.join(ENCODERS)}")
+    return ENCODERS[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,8 +360,6 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def validate(config: Config) -> None:
     """Raises UserError, naming key, value and remedy, for the first value that cannot train."""
-    from cjepa_fast.vit import ENCODERS
-
     for key in keys():
         value = get(config, key)
         for number in value if isinstance(value, tuple) else (value,):

@@ -1,0 +1,1 @@
+"""The training step around a method: building, optimizer, schedules, CUDA graphs, cost."""

@@ -1,0 +1,5 @@
+"""The encoder, the predictor and their parts."""
+
+from cjepa_fast.networks.vit import Encoder, Predictor, build_encoder, build_predictor
+
+__all__ = ["Encoder", "Predictor", "build_encoder", "build_predictor"]
