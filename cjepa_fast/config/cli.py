@@ -1,19 +1,20 @@
-"""How a configuration is read: a preset, then YAML files in order, then flags, all strict and typed."""
+"""Read a configuration: a preset, then YAML files in order, then flags, all strict and typed alike."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import io
-import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-from cjepa_fast.config import Config, did_you_mean, differences, key_types, keys, replace, validate
+from cjepa_fast.config.presets import PRESETS
+from cjepa_fast.config.retired import RETIRED, Value, upgrade
+from cjepa_fast.config.rules import validate
+from cjepa_fast.config.schema import Config, did_you_mean, differences, key_types, keys, replace
 from cjepa_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What the command line asks for: a valid configuration, and whether to check only or to resume a run."""
+    """The request of a command line: a valid configuration, to check only, to run, or to resume from a run's folder."""
 
     config: Config
     check: bool
@@ -35,34 +36,36 @@ DEFAULT_PRESET = "demo"
 @dataclass(frozen=True, kw_only=True)
 class _Flags(Config):
     preset: str | None = None
-    """Named configuration to start from (demo when none is named)."""
+    """Named recipe to start from; demo if none is named."""
     config: tuple[Path, ...] = ()
-    """YAML file of keys to change."""
+    """YAML file of settings; repeatable."""
     resume: Path | None = None
-    """Run folder to continue; its config.yaml takes the preset's place."""
+    """Folder of the run to continue; its config.yaml takes the preset's place."""
     check: bool = False
-    """Check the configuration and the data, print the cost, train nothing."""
+    """Check settings and data, print the cost, train nothing."""
+
+
+_COMMANDS = ("preset", "config", "resume", "check")
 
 
 def load(argv: Sequence[str]) -> Command:
-    """Resolves a command line (without the program's name) into a valid configuration.
+    """Turn a command line (without the program's name) into a valid configuration.
 
     Later beats earlier: `--preset NAME` (default "demo"), each `--config FILE`, dotted flags. A file may name
     the preset itself. With `--resume RUN` the base is RUN/config.yaml, and a change of results is refused.
 
     Prints for `--help` only, which exits with 0. Raises UserError, one line, for everything that is wrong.
     """
-    from cjepa_fast.config.presets import PRESETS
-
-    _check_flag_names(argv)
-    base = PRESETS[DEFAULT_PRESET]
-    first = _parse_flags([a for a in argv if a not in ("-h", "--help")], base)
-    files = [(path, *_read_yaml(path)) for path in first.config]
-    named = [(str(path), name) for path, name, _ in files if name is not None]
-    if first.preset is not None:
-        named.append(("--preset", first.preset))
+    if any(argument in ("-h", "--help") for argument in argv):
+        _print_help()
+    flags = _read_flags(argv)
+    preset, paths, resume, check = (flags.pop(name, getattr(_Flags(), name)) for name in _COMMANDS)
+    files = [(path, *_read_yaml(path)) for path in paths]
+    named = [(str(path), name) for path, name, _, _ in files if name is not None]
+    if preset is not None:
+        named.append(("--preset", preset))
     for source, name in named:
-        if first.resume is not None:
+        if resume is not None:
             raise UserError(
                 f"{source}: preset {name!r} cannot be combined with --resume, which continues a run as it is"
             )
@@ -73,39 +76,33 @@ def load(argv: Sequence[str]) -> Command:
         if name != named[0][1]:
             raise UserError(f"{source}: preset {name!r} conflicts with {named[0][1]!r} of {named[0][0]}; name one")
 
-    if first.resume is not None:
-        base = _read_run(first.resume)
-    elif named:
-        base = PRESETS[named[0][1]]
-    before = base
-    for _, _, changes in files:
-        base = replace(base, changes)
-    flags = _parse_flags(argv, base)
-    config = Config(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Config)})
+    before = config = _read_run(resume) if resume is not None else PRESETS[named[0][1] if named else DEFAULT_PRESET]
+    for path, _, changes, retired in files:
+        for key in retired:
+            raise UserError(f"{path}: {key} is no longer a setting: {RETIRED[key]}; leave it out")
+        config = replace(config, changes)
+    config = replace(config, flags)
 
-    if flags.resume is not None:
-        if config.run.dir != flags.resume:
-            raise UserError(
-                f"run.dir: {config.run.dir} conflicts with --resume {flags.resume},"
-                " which goes on in that folder; leave it out"
-            )
+    if resume is not None:
+        if config.run.dir != resume:
+            where = f"--resume {resume}, which goes on in that folder"
+            raise UserError(f"run.dir: {config.run.dir} conflicts with {where}; leave it out")
         if changed := differences(before, config):
             raise UserError(
-                f"--resume {flags.resume}: results would change, so leave out or start a new run: {'; '.join(changed)}"
+                f"--resume {resume}: results would change, so leave out or start a new run: {'; '.join(changed)}"
             )
     elif not config.data.root and named and named[0][1] != DEFAULT_PRESET:
         raise UserError(f"data.root: not set, but preset {named[0][1]!r} needs images; add --data.root PATH")
     validate(config)
-    return Command(config=config, check=flags.check, resume=flags.resume)
+    return Command(config=config, check=check, resume=resume)
 
 
-# Text becomes values by annotation. YAML's own guesses are not used: it reads 1e-4 as a string, off as False
-# and 12:30 as 750.
+# YAML's own guesses are not used: YAML reads 1e-4 as a string, off as False and 12:30 as 750.
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def _convert(texts: Any, annotation: Any) -> Any:
-    """The value that a text, a list of texts or None spells; raises ValueError with what was expected."""
+    """Return the value that a text, a list of texts or None spells; raises ValueError that says what was expected."""
     kind, arguments = get_origin(annotation), get_args(annotation)
     if kind is types.UnionType:  # X | None
         if texts is None or texts == "None":
@@ -147,19 +144,23 @@ def _describe(annotation: Any) -> str:
 
 
 def _read_run(run: Path) -> Config:
-    """The configuration of a run to resume; every key must be there, so that a torn file cannot pass."""
+    """Return the configuration of a run to resume; every key must be there, so that a torn file cannot pass."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"--resume {run}: no config.yaml there; give the folder of a run")
-    _, changes = _read_yaml(path)
+    _, changes, retired = _read_yaml(path)
+    try:
+        changes = upgrade(changes, retired)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     missing = [key for key in keys() if key not in changes]
     if missing:
         raise UserError(f"{path}: lacks '{missing[0]}'; the file is incomplete or of another version, add the key")
     return replace(Config(), changes | {"run.dir": run})
 
 
-def _read_yaml(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """The preset a file names, if any, and the dotted keys it sets, converted to their types."""
+def _read_yaml(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Value]]:
+    """Return the preset that a file names, if any, the dotted keys it sets, typed, and retired keys as text."""
     import yaml
 
     try:
@@ -177,11 +178,15 @@ def _read_yaml(path: Path) -> tuple[str | None, dict[str, Any]]:
     annotations = {"preset": str} | key_types()
     sections = {key.partition(".")[0] for key in annotations if "." in key}
     changes: dict[str, Any] = {}
+    retired: dict[str, Value] = {}
     for name, node in _entries(root, path, "", annotations) if root else ():
         leaves = _entries(node, path, f"{name}.", annotations) if name in sections else [(name, node)]
         for key, value in leaves:
-            changes[key] = _value(value, path, key, annotations[key])
-    return changes.pop("preset", None), changes
+            if key in RETIRED:
+                retired[key] = _texts(value, path, key, "a value")
+            else:
+                changes[key] = _value(value, path, key, annotations[key])
+    return changes.pop("preset", None), changes, retired
 
 
 def _entries(node: yaml.Node, path: Path, prefix: str, known: Iterable[str]) -> Iterator[tuple[str, yaml.Node]]:
@@ -193,7 +198,8 @@ def _entries(node: yaml.Node, path: Path, prefix: str, known: Iterable[str]) -> 
         example = next(key for key in known if key.startswith(prefix) and "." in key)
         what = f"{prefix[:-1]!r} is a section" if prefix else "a configuration is a mapping"
         raise _error(path, node, f"{what}; put keys such as {example!r} into it")
-    here = {prefix + key.removeprefix(prefix).partition(".")[0] for key in known if key.startswith(prefix)}
+    every = (*known, *RETIRED)
+    here = {prefix + key.removeprefix(prefix).partition(".")[0] for key in every if key.startswith(prefix)}
     lines: dict[str, int] = {}
     for key, value in node.value:
         name = prefix + (key.value if isinstance(key, yaml.ScalarNode) else "[...]")
@@ -209,6 +215,16 @@ def _entries(node: yaml.Node, path: Path, prefix: str, known: Iterable[str]) -> 
 
 
 def _value(node: yaml.Node, path: Path, key: str, annotation: Any) -> Any:
+    value = _texts(node, path, key, _describe(annotation))
+    try:
+        return _convert(value, annotation)
+    except ValueError as expected:
+        shown = "null" if value is None else repr(value)
+        raise _error(path, node, f"{key}: expected {expected}, got {shown}") from None
+
+
+def _texts(node: yaml.Node, path: Path, key: str, expected: str) -> Value:
+    """Return the text of a scalar, the texts of a flat sequence, or None for null."""
     import yaml
 
     _check_tag(node, path, key)
@@ -216,22 +232,16 @@ def _value(node: yaml.Node, path: Path, key: str, annotation: Any) -> Any:
     for item in items:
         _check_tag(item, path, key)
         if not isinstance(item, yaml.ScalarNode):
-            raise _error(path, item, f"{key}: expected {_describe(annotation)}, got something nested")
+            raise _error(path, item, f"{key}: expected {expected}, got something nested")
     texts = [None if item.tag.endswith(":null") else item.value for item in items]
-    value = texts if items is node.value else texts[0]
-    try:
-        return _convert(value, annotation)
-    except ValueError as expected:
-        raise _error(
-            path, node, f"{key}: expected {expected}, got {'null' if value is None else repr(value)}"
-        ) from None
+    return texts if items is node.value else texts[0]
 
 
 _TAGS = ("map", "seq", "null", "bool", "int", "float", "str", "timestamp", "value", "merge")
 
 
 def _check_tag(node: yaml.Node, path: Path, key: str) -> None:
-    """Refuses tags such as !!python/object; `yaml.compose` only reads them, nothing here would run them."""
+    """Refuse tags such as !!python/object; `yaml.compose` would not run them either."""
     if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
         raise _error(path, node, f"{key}: tag {node.tag!r} is not allowed; write a plain value")
 
@@ -242,80 +252,42 @@ def _error(path: Path, node: yaml.Node, message: str) -> UserError:
 
 @functools.cache
 def _flag_annotations() -> dict[str, Any]:
-    """The annotation behind every flag, dashes left out: `{"model.encoder": str, ..., "check": bool}`."""
-    found = key_types() | {name: get_type_hints(_Flags)[name] for name in _Flags.__annotations__}
+    """Return the annotation behind every flag, without dashes: `{"model.encoder": str, ..., "check": bool}`."""
+    found = key_types() | {name: get_type_hints(_Flags)[name] for name in _COMMANDS}
     return {name.replace("_", "-"): annotation for name, annotation in found.items()}
 
 
-def _parse_flags(argv: Sequence[str], base: Config) -> _Flags:
-    """`base` with the flags on top; where tyro would draw a box, raises UserError with one line."""
-    import tyro
-
-    from cjepa_fast.config.presets import PRESETS
-
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                _Flags,
-                prog="python -m cjepa_fast.train",
-                description=f"Pretrain a vision transformer with C-JEPA. Presets: {', '.join(PRESETS)}.",
-                args=_join_lists(argv),
-                default=_Flags(**{f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}),
-            )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-    _check_flag_values(argv)
-    # what this module reads as right and tyro as wrong is still told in one line, in tyro's words
-    raise UserError(re.sub(r"[\s\u2500-\u257f]+", " ", complaint.getvalue()).strip())
-
-
-def _join_lists(argv: Sequence[str]) -> list[str]:
-    """`--config a --config b` as `--config a b`; of other repeated flags the last one counts."""
-    rest: list[str] = []
-    lists: dict[str, list[str]] = {}
-    into = rest
-    for argument in argv:
-        flag, equals, value = argument[2:].partition("=")
-        flag = flag.replace("_", "-")
-        if argument.startswith("--") and get_args(_flag_annotations().get(flag))[1:] == (...,):
-            into = lists[flag] = lists.get(flag, []) if flag == "config" else []
-            into += [value] if equals else []
-        else:
-            into = rest if argument.startswith("-") else into
-            into.append(argument)
-    for flag, values in lists.items():
-        if not values:
-            raise UserError(f"--{flag}: expected {_describe(_flag_annotations()[flag])}, got nothing")
-    return [*rest, *(argument for flag, values in lists.items() for argument in (f"--{flag}", *values))]
-
-
-def _check_flag_names(argv: Sequence[str]) -> None:
-    known = [*_flag_annotations(), "help"]
-    negations = {_negated(flag) for flag, annotation in _flag_annotations().items() if annotation is bool}
-    for flag, _ in _flag_groups(argv):
-        if flag not in known and flag not in negations:
-            raise UserError(f"unknown flag --{flag}{did_you_mean(flag, known, '--{}')}")
-
-
-def _check_flag_values(argv: Sequence[str]) -> None:
+def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Return the typed value of every flag by key; the last of a repeated flag counts, but every `--config`."""
+    annotations = _flag_annotations()
+    found: dict[str, Any] = {}
     for flag, values in _flag_groups(argv):
-        annotation = _flag_annotations().get(flag, bool)
-        if annotation is bool:
-            if values:
-                remedy = f"write --{flag} or --{_negated(flag)}" if flag in _flag_annotations() else "leave it out"
-                raise UserError(f"--{flag}: takes no value, got {values[0]!r}; {remedy}")
+        key, annotation = flag.replace("-", "_"), annotations.get(flag)
+        if annotation is None and (positive := flag.replace("no-", "", 1)) in annotations:
+            if annotations[positive] is not bool or values:
+                raise UserError(f"--{flag}: only switches off, without a value; write --{positive} VALUE")
+            found[positive.replace("-", "_")] = False
             continue
+        if annotation is None:
+            if key in RETIRED:
+                raise UserError(f"--{flag} is no longer a setting: {RETIRED[key]}; leave it out")
+            raise UserError(f"unknown flag --{flag}{did_you_mean(flag, [*annotations, 'help'], '--{}')}")
+        if annotation is bool and not values:
+            values = ["true"]
         try:
-            _convert(values[0] if len(values) == 1 and get_origin(annotation) is not tuple else values, annotation)
+            if not values:
+                raise ValueError(_describe(annotation))
+            lone = len(values) == 1 and get_origin(annotation) is not tuple
+            value = _convert(values[0] if lone else values, annotation)
         except ValueError as expected:
-            found = repr(" ".join(values)) if values else "nothing"
-            raise UserError(f"--{flag}: expected {expected}, got {found}") from None
+            shown = repr(" ".join(values)) if values else "nothing"
+            raise UserError(f"--{flag}: expected {expected}, got {shown}") from None
+        found[key] = (*found.get("config", ()), *value) if key == "config" else value
+    return found
 
 
 def _flag_groups(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag, dashes left out and underscores as hyphens, with the values behind it."""
+    """Return each flag, without dashes and with hyphens for underscores, and the values behind it."""
     groups: list[tuple[str, list[str]]] = []
     for argument in argv:
         if argument.startswith("--"):
@@ -323,11 +295,19 @@ def _flag_groups(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
             groups.append((name.replace("_", "-"), [value] if equals else []))
         elif groups:
             groups[-1][1].append(argument)
-        elif argument != "-h":
+        else:
             raise UserError(f"unexpected argument {argument!r}; flags look like --optim.lr 0.001")
     return groups
 
 
-def _negated(flag: str) -> str:
-    section, dot, leaf = flag.rpartition(".")
-    return f"{section}{dot}no-{leaf}"
+def _print_help() -> None:
+    """Print every flag with its help and default (drawn by tyro), and exit with 0."""
+    import tyro
+
+    tyro.cli(
+        _Flags,
+        prog="python -m cjepa_fast.train",
+        description=f"Pretrain a vision transformer with C-JEPA. Presets: {', '.join(PRESETS)}.",
+        args=["--help"],
+        default=_Flags(**{f.name: getattr(PRESETS[DEFAULT_PRESET], f.name) for f in dataclasses.fields(Config)}),
+    )

@@ -1,34 +1,31 @@
-"""AdamW with averages (EMA), its parameter groups, and the schedules of I-JEPA as arrays indexed by step."""
+"""AdamW with averages (EMA) of its parameters, and its parameter groups."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cjepa_fast import ops
-from cjepa_fast.errors import UserError
 
-# torch's step without the hooks around it: they run around the subclass's step already
+# torch's step without its hooks, which already run around the subclass's step
 _torch_step = inspect.unwrap(torch.optim.AdamW.step)
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW that also moves averages (EMA) of its parameters, in one pass over memory where Triton runs.
+    """torch.optim.AdamW that also moves averages (EMA) of its parameters, with Triton in one pass over memory.
 
-    State and state dict are those of torch.optim.AdamW(fused=True), whatever `impl` made them; the averages belong to
-    their network and are not part of it. Gradients that are not finite reach the parameters, as in torch.
+    State and state dict are those of torch.optim.AdamW(fused=True) for every `impl`. The averages belong to their
+    network, not to the state dict. Gradients that are not finite reach the parameters, as in torch.
 
     Args:
         params, lr, betas, eps, weight_decay: as for torch.optim.AdamW. DTensors of FSDP2 are updated shard by shard.
-        averages: from a parameter to its average, a tensor of the same shape and sharding.
-        copies: from a parameter or an average to a bf16 or fp16 tensor of its shape, to which every step rounds it.
+        averages: the average of a parameter, a tensor of the same shape and sharding.
+        copies: the bf16 or fp16 copy of a parameter or an average, rewritten by every step.
         impl: "triton" is `cjepa_fast.ops.adamw_ema`, "eager" torch's fused step and then torch._foreach_lerp_.
 
     Raises UserError if impl is unknown or cannot run, ValueError if an average or a copy does not fit.
@@ -63,7 +60,7 @@ class AdamW(torch.optim.AdamW):
         self._impl, self._device = impl, local[0].device
         self._fuses = ops.choose("adamw_ema", impl, self._device.type, obstacle) == "triton"
         if self._fuses:
-            self._step_supports_amp_scaling = False  # torch's fused step would undo a GradScaler's factor, ours not
+            self._step_supports_amp_scaling = False  # torch's fused step undoes a GradScaler's factor, ours does not
         self._hyperparameters = torch.empty(0, 6, dtype=torch.float64, device=self._device)
         self.refresh_copies()
 
@@ -71,11 +68,10 @@ class AdamW(torch.optim.AdamW):
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, closure: Callable[[], float] | None = None, *, momentum: float | None = None, held: bool = False
     ) -> float | None:
-        """Updates the parameters, then average = momentum * average + (1 - momentum) * parameter; None: no averages.
+        """Update the parameters, then average = momentum * average + (1 - momentum) * parameter; None: no averages.
 
-        held: go by what `set_hyperparameters` last took to the device, for a CUDA graph, before whose every replay it
-            is to be called (see `cjepa_fast.ops.adamw_ema`, too). The groups' values and that of `momentum` are not
-            looked at. Only where `fuses`.
+        held: for a CUDA graph: use the values that `set_hyperparameters` last copied to the device, and ignore those of
+            the groups and of `momentum`. Call `set_hyperparameters` before each replay. Needs the fused kernel.
         """
         loss = None
         if closure is not None:
@@ -112,7 +108,7 @@ class AdamW(torch.optim.AdamW):
             groups, averages=twins(averages), copies=twins(self._copies), average_copies=twins(average_copies),
             impl=self._impl,
         )  # fmt: skip
-        # an average follows a parameter without gradient, too
+        # The average of a parameter without gradient moves, too.
         updated = set(columns[0])
         if alone := [parameter for parameter in averages if parameter not in updated]:
             assert momentum is not None and not held, "a parameter without gradient"
@@ -120,11 +116,11 @@ class AdamW(torch.optim.AdamW):
             self.refresh_copies()
 
     def set_hyperparameters(self, momentum: float | None) -> None:
-        """Takes the groups' values and the averages' momentum to the device, without waiting for it."""
+        """Copy the groups' values and the averages' momentum to the device, without waiting for the device."""
         kept = 1.0 if momentum is None else momentum
         rows = [(g["lr"], g["weight_decay"], *g["betas"], g["eps"], kept) for g in self.param_groups]
         values = torch.tensor(rows, dtype=torch.float64)
-        if self._device.type != "cpu":  # from pinned memory, the only kind the host need not wait for
+        if self._device.type != "cpu":  # the host need not wait for a copy from pinned memory
             values = values.pin_memory()
         if self._hyperparameters.shape != values.shape:
             self._hyperparameters = torch.empty(values.shape, dtype=values.dtype, device=self._device)
@@ -132,12 +128,12 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def refresh_copies(self) -> None:
-        """Rounds the parameters and averages to their copies: for after weights were loaded; a step does it itself."""
+        """Round the parameters and averages to their copies, after weights were loaded; a step does so itself."""
         if self._copies:
             torch._foreach_copy_(list(self._copies.values()), self._copied)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What torch calls to load a state dict: one of torch.optim.AdamW(fused=None) keeps its steps on the CPU."""
+        """Accept a state dict of torch.optim.AdamW(fused=None), whose step counters lie on the CPU."""
         super().__setstate__(state)
         for group in self.param_groups:
             group["fused"], group["foreach"] = True, None
@@ -147,7 +143,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def fuses(impl: str, device: torch.device) -> bool:
-    """Whether `AdamW(impl=impl)` runs the fused kernel for fp32 parameters there, which takes bf16 gradients, too."""
+    """Return whether `AdamW(impl=impl)` runs the fused kernel there; the kernel takes bf16 gradients, too."""
     return ops.choose("adamw_ema", impl, device.type, None) == "triton"
 
 
@@ -156,55 +152,9 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def parameter_groups(networks: nn.Module) -> list[dict[str, Any]]:
-    """Groups for AdamW: weight decay for matrices and the mask token, none for biases and other 1-D parameters."""
+    """Group trained parameters: weight decay for matrices and the mask token, none for biases and other 1-D ones."""
     trained = [parameter for parameter in networks.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "decayed": True},
         {"params": [p for p in trained if p.ndim <= 1], "decayed": False, "weight_decay": 0.0},
     ]
-
-
-class Schedules(NamedTuple):
-    """float64 arrays [steps]: the value in force during step i."""
-
-    lr: NDArray[np.float64]
-    weight_decay: NDArray[np.float64]
-    ema: NDArray[np.float64]
-
-    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Gives the groups of `parameter_groups` their values for `step`; returns the averages' momentum."""
-        for group in optimizer.param_groups:
-            group["lr"] = float(self.lr[step])
-            group["weight_decay"] = float(self.weight_decay[step]) if group["decayed"] else 0.0
-        return float(self.ema[step])
-
-
-def schedules(
-    steps: int, warmup_steps: int, *, lr: float, start_lr: float, final_lr: float, weight_decay: float,
-    final_weight_decay: float, weight_decay_schedule: str = "cosine", ema: float = 0.996, final_ema: float = 1.0,
-    schedule_scale: float = 1.0,
-) -> Schedules:  # fmt: skip
-    """Learning rate, weight decay and EMA momentum of a run of `steps` optimizer steps.
-
-    lr rises linearly from `start_lr` to `lr` over `warmup_steps`, then follows a half cosine to `final_lr`. Weight
-    decay goes from first to last value along a half cosine (the I-JEPA code) or a line (the papers' text). EMA momentum
-    is linear. All but the warm-up are laid out over `schedule_scale` * steps and cut at the end (I-JEPA: ipe_scale).
-
-    Raises UserError if the warm-up does not end before the run.
-    """
-    if not 0 <= warmup_steps < steps:
-        raise UserError(
-            f"optim.warmup_epochs: warm-up of {warmup_steps} steps does not fit a run of {steps} steps; "
-            "shorten it or train longer"
-        )
-    step = np.arange(steps, dtype=np.float64)
-    length = max(1.0, schedule_scale * steps)
-    cosine = (1 + np.cos(np.pi * np.minimum(1, (step - warmup_steps) / max(1.0, length - warmup_steps)))) / 2
-    lrs = np.where(
-        step < warmup_steps,
-        start_lr + (lr - start_lr) * step / max(1, warmup_steps),
-        final_lr + (lr - final_lr) * cosine,
-    )
-    progress = step / length
-    bend = (1 - np.cos(np.pi * progress)) / 2 if weight_decay_schedule == "cosine" else progress
-    return Schedules(lrs, weight_decay + (final_weight_decay - weight_decay) * bend, ema + (final_ema - ema) * progress)

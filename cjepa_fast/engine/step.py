@@ -1,7 +1,6 @@
-"""One training step as pure functions: tensors in, tensors out, no configuration, no host synchronisation.
+"""One training step of any method: tensors in, tensors out, no configuration, nothing that waits for the device.
 
-targets -> student's loss and gradients -> (optimizer and EMA). Compilation and sharding are applied to the networks
-from outside (`cjepa_fast.train`); nothing here knows of them.
+Compilation and sharding are applied to a method's networks from outside (`cjepa_fast.engine.build`).
 """
 
 from __future__ import annotations
@@ -11,205 +10,131 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cjepa_fast.distributed import world_size
 from cjepa_fast.engine.optim import AdamW
-from cjepa_fast.losses.second_moment import Projector, block_vicreg, context_target_vicreg, prediction_loss
 from cjepa_fast.masks import Masks
-from cjepa_fast.networks.vit import Encoder, Layout, Predictor, Selection
+from cjepa_fast.methods import Forward, Method
 
-
-class Networks(nn.Module):
-    """What is trained (`encoder`, `predictor`, `projector`) and what follows by EMA (`target_encoder`).
-
-    The names are those of the released I-JEPA checkpoints; `projector` is None for plain I-JEPA.
-    """
-
-    def __init__(
-        self, encoder: Encoder, predictor: Predictor, target_encoder: Encoder, projector: Projector | None
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.predictor = predictor
-        self.projector = projector
-        self.target_encoder = target_encoder
-        target_encoder.load_state_dict(encoder.state_dict())
-        target_encoder.requires_grad_(False)
-
-    def averages(self) -> dict[Tensor, Tensor]:
-        """From the encoder's parameters to their averages, the target encoder's: for `engine.optim.AdamW`."""
-        return dict(zip(self.encoder.parameters(), self.target_encoder.parameters(), strict=True))
-
-
-class LossWeights(NamedTuple):
-    """Prediction loss and multiplied-out weights of the VICReg terms: C-JEPA publishes 0.001 * (25, 25, 1).
-
-    `impl` picks the implementation of the fused operations (see `cjepa_fast.ops`), not what they compute.
-    """
-
-    prediction: str = "smooth_l1"
-    sim: float = 0.025
-    std: float = 0.025
-    cov: float = 0.001
-    views: str = "target_blocks"
-    impl: str = "auto"
-
-
-class Terms(NamedTuple):
-    """Scalars [] fp32: loss = prediction + weighted sim, std, cov (the terms themselves are unweighted)."""
-
-    loss: Tensor
-    prediction: Tensor
-    sim: Tensor
-    std: Tensor
-    cov: Tensor
+Parts = Sequence[Masks | None]  # the masks of each micro-batch in turn, None of methods without masks
 
 
 class StepOutput(NamedTuple):
-    """Detached results of a step: `terms`, the predictions [B, M, Kt, D] and the target encoder's output [B, N, D],
-    None if not all of it was computed.
+    """Detached results of a step.
+
+    loss: scalar fp32, of the process's images where local, of the whole batch where not.
+    terms: unweighted scalars [len(local_terms) + len(batch_terms)], in that order.
+    predictions: [B, M, Kt, D] of JEPAs, or None.
+    embeddings: [B, N, D], the judged encoder's tokens, or None if the step computed only a part of them.
     """
 
-    terms: Terms
-    predictions: Tensor
-    targets: Tensor | None
+    loss: Tensor
+    terms: Tensor
+    predictions: Tensor | None
+    embeddings: Tensor | None
 
 
-@torch.no_grad()
-def target_embeddings(target_encoder: Encoder, images: Tensor, masks: Masks | None = None) -> Tensor:
-    """The target encoder's output, no gradient: [B, N, D]; or, where masks list the union of each image's targets,
-    the rows [union_cap, D] of these patches alone, image after image.
-    """
-    if masks is None or masks.union is None:
-        return target_encoder(images)
-    starts = masks.union_offsets
-    assert starts is not None
-    patches = len(target_encoder.pos_embed[0])
-    image = torch.searchsorted(starts[1:], torch.arange(len(masks.union), device=starts.device), right=True)
-    rows = torch.where(masks.union < 0, 0, image * patches + masks.union)  # padding takes some row
-    longest = min(patches, masks.target[0].numel())
-    return target_encoder(images, wanted=Selection(index=rows, layout=Layout(starts, longest)))
+def forward_backward(method: Method, images: Tensor, parts: Parts) -> StepOutput:
+    """Compute the loss of one batch and accumulate its gradients into the method's parameters.
 
-
-def student(networks: Networks, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
-    """Context embeddings [B, Kc, D], or packed [cap, D], and predictions [B, M, Kt, D]."""
-    layout = Layout(masks.offsets, len(networks.encoder.pos_embed[0]) if masks.offsets is not None else None)
-    embeddings = networks.encoder(images, masks.context, masks.image_of, layout)
-    return embeddings, networks.predictor(embeddings, masks.context, masks.target, masks.offsets)
-
-
-def summary(embeddings: Tensor, predictions: Tensor, masks: Masks, views: str) -> Tensor:
-    """The mean embeddings that the VICReg terms see, at least fp32: [B, M, D] block means, or [B, D] context means."""
-    if views == "target_blocks":
-        return _precise(predictions).mean(dim=2)
-    if masks.image_of is None:
-        return _precise(embeddings).mean(dim=1)
-    # of packed rows by a product: sums without atomics, and the same for any number of rows
-    own = masks.image_of == torch.arange(len(predictions), device=embeddings.device)[:, None]  # [B, cap]
-    return (own / own.sum(dim=1, keepdim=True)).to(_precise(embeddings).dtype) @ _precise(embeddings)
-
-
-def regularisation(
-    projector: nn.Module, means: Tensor, targets: Tensor, weights: LossWeights
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Weighted sum of the VICReg terms of `means` (see `summary`) and the terms (sim, std, cov) themselves."""
-    if weights.views == "target_blocks":
-        terms = block_vicreg(projector(means), impl=weights.impl)
-    else:
-        projected = projector(torch.stack([means, _precise(targets).mean(dim=1)], dim=1))
-        terms = context_target_vicreg(projected[:, 0], projected[:, 1].detach(), impl=weights.impl)
-    sim, std, cov = terms
-    return weights.sim * sim + weights.std * std + weights.cov * cov, terms
-
-
-def forward_backward(networks: Networks, images: Tensor, masks: Sequence[Masks], weights: LossWeights) -> StepOutput:
-    """Computes the loss of one batch and accumulates its gradients into the student's parameters.
-
-    Several masks are micro-batches. The VICReg terms are statistics of the whole batch, so a sum over micro-batches
-    would be another loss. Instead a first pass without gradient collects the mean embeddings, the terms are
-    differentiated with respect to those, and the second pass carries that gradient through the networks (GradCache, Gao
-    et al., 2021): the same gradient at the price of one more forward pass.
+    A batch loss needs statistics of the whole batch, so its sum over micro-batches would be another loss. With several
+    micro-batches a first pass without gradient collects the summaries. The batch loss is differentiated with respect to
+    these, and a second pass carries that gradient through the networks (GradCache, Gao et al., 2021): the exact
+    gradient for one more forward pass.
 
     Args:
-        images: see `networks.vit.Encoder`; B images of this rank. With one dimension more, [2, ...], two views of
-            them: the student sees the first, the target encoder the second.
-        masks: on the images' device, for each micro-batch in turn. Where they list unions of targets, which
-            `vicreg_views` context_target has no use for, only these target rows are computed.
+        images: uint8 [B, H, W, 3] of this process, or [V, B, H, W, 3] where the method has several views.
+        parts: masks of each of the equal micro-batches, on the images' device.
     """
-    context_images, target_images = images if images.ndim == 5 else (images, images)
-    inputs = context_images.chunk(len(masks))
-    with torch.no_grad(), networks.target_encoder.quantised():
-        targets = [
-            target_embeddings(networks.target_encoder, part, mask)
-            for part, mask in zip(target_images.chunk(len(masks)), masks, strict=True)
-        ]
-    zero = torch.zeros((), device=images.device)
-    terms, penalty = (zero, zero, zero), zero
-    if len(masks) == 1:
-        embeddings, predictions = student(networks, context_images, masks[0])
-        # the terms' collectives run beside the prediction loss; autograd keeps to the streams of the forward pass
-        side = _side_stream(images.device)
-        with torch.cuda.stream(side):
-            if networks.projector is not None:
-                means = summary(embeddings, predictions, masks[0], weights.views)
-                penalty, terms = regularisation(networks.projector, means, targets[0], weights)
-        prediction = _prediction_loss(predictions, targets[0], masks[0], weights)
-        if side is not None:
-            torch.cuda.current_stream(images.device).wait_stream(side)
-        (prediction + penalty).backward()
+    inputs = images.chunk(len(parts), dim=-4)
+    targets = [method.targets(*part) for part in zip(inputs, parts, strict=True)]
+    every = list(zip(inputs, parts, targets, strict=True))
+    if len(every) == 1:
+        outs, local, regular = _undivided(method, *every[0])
     else:
-        grads: Sequence[Tensor | None] = [None] * len(masks)
-        if networks.projector is not None:
-            with torch.no_grad():
-                outputs = (student(networks, *part) for part in zip(inputs, masks, strict=True))
-                means = [summary(*output, mask, weights.views) for output, mask in zip(outputs, masks, strict=True)]
-            whole = torch.cat(means).requires_grad_()
-            penalty, terms = regularisation(networks.projector, whole, torch.cat(targets), weights)
-            penalty.backward()
-            assert whole.grad is not None
-            grads = whole.grad.chunk(len(masks))
-        done, prediction = [], zero
-        for part, mask, target, grad in zip(inputs, masks, targets, grads, strict=True):
-            embeddings, predictions = student(networks, part, mask)
-            share = _prediction_loss(predictions, target, mask, weights) / len(masks)
-            carried = zero if grad is None else (summary(embeddings, predictions, mask, weights.views) * grad).sum()
-            (share + carried).backward()
-            prediction = prediction + share.detach()
-            done.append(predictions.detach())
-        predictions = torch.cat(done)
-    sim, std, cov = (term.detach() for term in terms)
-    prediction, penalty = prediction.detach(), penalty.detach()
+        outs, local, regular = _divided(method, every)
+    (local_loss, local_terms), (batch_loss, batch_terms) = local, regular
+    loss = (local_loss + batch_loss).detach()
+    terms = torch.stack([term.detach().to(loss.dtype) for term in (*local_terms, *batch_terms)])
     return StepOutput(
-        Terms(prediction + penalty, prediction, sim, std, cov), predictions.detach(),
-        (targets[0] if len(targets) == 1 else torch.cat(targets)) if masks[0].union is None else None,
-    )  # fmt: skip
+        loss, terms, _joined([out.predictions for out in outs]), _joined([out.embeddings for out in outs])
+    )
+
+
+Losses = tuple[Tensor, tuple[Tensor, ...]]
+
+
+def _undivided(
+    method: Method, images: Tensor, masks: Masks | None, targets: Tensor | None
+) -> tuple[list[Forward], Losses, Losses]:
+    out = method(images, masks, targets)
+    nothing: Losses = images.new_zeros((), dtype=torch.float32), ()
+    # The batch loss's collectives run beside the local loss; autograd keeps to the streams of the forward pass.
+    side = _side_stream(images.device)
+    with torch.cuda.stream(side):
+        regular = nothing if out.summary is None else method.batch_loss(out.summary)
+    local = method.local_loss(out, masks, targets) or nothing
+    if side is not None:
+        torch.cuda.current_stream(images.device).wait_stream(side)
+    (local[0] + regular[0]).backward()
+    return [out], local, regular
+
+
+def _divided(
+    method: Method, parts: Sequence[tuple[Tensor, Masks | None, Tensor | None]]
+) -> tuple[list[Forward], Losses, Losses]:
+    nothing = parts[0][0].new_zeros((), dtype=torch.float32)
+    regular: Losses = nothing, ()
+    grads: Sequence[Tensor | None] = [None] * len(parts)
+    if method.batch_terms:
+        with torch.no_grad():
+            summaries = [method(*part).summary for part in parts]
+        whole = torch.cat([summary for summary in summaries if summary is not None]).requires_grad_()
+        regular = method.batch_loss(whole)
+        regular[0].backward()
+        assert whole.grad is not None
+        grads = whole.grad.chunk(len(parts))
+    outs, shares, terms = [], [], []
+    for part, grad in zip(parts, grads, strict=True):
+        out = method(*part)
+        local = method.local_loss(out, *part[1:])
+        share = nothing if local is None else local[0] / len(parts)
+        carried = nothing if grad is None or out.summary is None else (out.summary * grad).sum()
+        (share + carried).backward()
+        shares.append(share.detach())
+        if local is not None:
+            terms.append(torch.stack([term.detach() for term in local[1]]))
+        predictions = None if out.predictions is None else out.predictions.detach()
+        outs.append(out._replace(summary=None, predictions=predictions))
+    means = tuple(torch.stack(terms).mean(dim=0).unbind()) if terms else ()
+    return outs, (torch.stack(shares).sum(), means), regular
 
 
 def train_step(
-    networks: Networks, optimizer: AdamW, weights: LossWeights, images: Tensor, masks: Sequence[Masks],
-    momentum: float, *, graphed: bool = False,
-) -> StepOutput:  # fmt: skip
-    """A whole step on the device: loss and gradients of one batch, optimizer, and averages with `momentum`.
+    method: Method, optimizer: AdamW, images: Tensor, parts: Parts, momentum: float, *, graphed: bool = False
+) -> StepOutput:
+    """Take a whole step on the device: loss, gradients, optimizer, and averages with `momentum`.
 
     graphed: for a CUDA graph: gradients keep their memory, and hyperparameters are those that the optimizer's
-        `set_hyperparameters` last took to the device.
+        `set_hyperparameters` last copied to the device.
     """
-    out = forward_backward(networks, images, masks, weights)
+    out = forward_backward(method, images, parts)
     optimizer.step(momentum=momentum, held=graphed)
     optimizer.zero_grad(set_to_none=not graphed)
     return out
 
 
-def _prediction_loss(predictions: Tensor, targets: Tensor, masks: Masks, weights: LossWeights) -> Tensor:
-    indices = masks.target if masks.target_slot is None else masks.target_slot
-    return prediction_loss(
-        predictions, targets, indices, weights.prediction, offsets=masks.union_offsets, impl=weights.impl
-    )
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Concatenate detached tensors of micro-batches; None if some are missing."""
+    found = [part.detach() for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A second stream of a GPU that shares its batch statistics, waiting for what is queued so far; else None."""
+    """Return a second stream of a GPU that shares its batch statistics, behind the work queued so far; else None."""
     if device.type != "cuda" or world_size() == 1:
         return None
     stream = _stream_of(device)
@@ -220,7 +145,3 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
 @functools.cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""The 20-NN probe: how well the target encoder's mean embeddings sort labelled images, without training anything."""
+"""The 20-NN probe: the accuracy of an encoder's mean embeddings on labelled images, without training anything."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cjepa_fast.config import RunConfig
 from cjepa_fast.distributed import gather_rows, world_size
 from cjepa_fast.errors import UserError
 from cjepa_fast.evaluation.health import knn_accuracy
-from cjepa_fast.feed.batches import BadImages, center_batches
+from cjepa_fast.feed.bad import BadImages
+from cjepa_fast.feed.batches import center_batches
 from cjepa_fast.feed.manifest import Mixture
+from cjepa_fast.feed.order import epoch_order
+from cjepa_fast.feed.read import Place
 from cjepa_fast.feed.sources import printable
-from cjepa_fast.feed.views import epoch_order
 
 NEIGHBOURS = 20
-_SPLIT_SEED = 20  # of the choice of bank and queries: fixed, so that every run on a data set has the same probe
+_SPLIT_SEED = 20  # of the choice of bank and queries: fixed, so that all runs on a data set have the same probe
 
 
 class Probe:
@@ -25,18 +28,18 @@ class Probe:
 
     Args:
         source: labelled training images, which give the bank.
-        queries: labelled images with the same classes, which give the queries; None takes other images of `source`
-            (their labels are never trained on, though their pixels are).
-        bank_size, query_size: upper limits.
-        on_error: what to do about an image that turned bad, as `data.BadImages` has it.
+        queries: labelled images of the same classes, which give the queries. None: other images of `source`, whose
+            labels are never trained on, though their pixels are.
+        run: `probe_bank` and `probe_queries` limit the two sets.
+        batch_size: images per pass of one process.
+        on_error: treatment of an image that turned bad, see `BadImages`.
 
     Raises UserError if there are no labels, or the two sets have different classes.
     """
 
     def __init__(
-        self, source: Mixture, queries: Mixture | None, *, bank_size: int, query_size: int, image_size: int,
-        batch_size: int, device: torch.device, threads: int, rank: int,
-        on_error: Literal["error", "skip"],
+        self, source: Mixture, queries: Mixture | None, run: RunConfig, *, image_size: int, batch_size: int,
+        place: Place, on_error: Literal["error", "skip"],
     ) -> None:  # fmt: skip
         if source.labels is None:
             raise UserError(f"data.root: the 20-NN probe needs labels, found {source.description}")
@@ -47,17 +50,14 @@ class Probe:
             )
         order = epoch_order(len(source), seed=_SPLIT_SEED, epoch=0)
         if queries is None:
-            query_size = min(query_size, len(source) // 4)
-            self._queries, query_ids, order = source, order[:query_size], order[query_size:]
+            size = min(run.probe_queries, len(source) // 4)
+            self._queries, query_ids, order = source, order[:size], order[size:]
         else:
             self._queries = queries
-            query_ids = epoch_order(len(queries), seed=_SPLIT_SEED, epoch=0)[:query_size]
-        self._source, self._bank_ids, self._query_ids = source, order[:bank_size], query_ids
+            query_ids = epoch_order(len(queries), seed=_SPLIT_SEED, epoch=0)[: run.probe_queries]
+        self._source, self._bank_ids, self._query_ids = source, order[: run.probe_bank], query_ids
         self._bad = {each: BadImages(each, on_error) for each in (self._source, self._queries)}
-        self._options = {
-            "image_size": image_size, "batch_size": batch_size, "threads": threads, "device": str(device)
-        }  # fmt: skip
-        self._device, self._rank = device, rank
+        self._image_size, self._batch_size, self._place = image_size, batch_size, place
         held_out = "held out of training" if queries is not None else "of the training set, their labels unused"
         self.description = (
             f"20-NN probe: {len(self._bank_ids):,} training images answer for {len(query_ids):,} images {held_out}"
@@ -65,21 +65,23 @@ class Probe:
         self.chance = 1 / len(source.classes)
 
     def accuracy(self, encoder: nn.Module) -> float:
-        """Top-1 accuracy in [0, 1] of the encoder's mean embeddings. Collective: every rank embeds its share."""
+        """Return the top-1 accuracy in [0, 1] of the encoder's mean embeddings. Collective: ranks share the images."""
         bank, bank_labels = self._embed(encoder, self._source, self._bank_ids)
         queries, query_labels = self._embed(encoder, self._queries, self._query_ids)
         return knn_accuracy(bank, bank_labels, queries, query_labels, k=NEIGHBOURS)
 
     @torch.no_grad()
     def _embed(self, encoder: nn.Module, source: Mixture, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-        # every rank gets equally many images, the first ones again where they do not divide, so that all ranks call a
-        # sharded encoder equally often
+        # All ranks must call a sharded encoder equally often, so the first images repeat where they do not divide.
         share = -(-len(ids) // world_size())
-        mine = np.resize(ids, share * world_size())[self._rank * share : (self._rank + 1) * share]
-        views = center_batches(source, mine, bad=self._bad[source], **self._options)
+        mine = np.resize(ids, share * world_size())[self._place.rank * share : (self._place.rank + 1) * share]
+        views = center_batches(
+            source, mine, image_size=self._image_size, batch_size=self._batch_size, place=self._place,
+            bad=self._bad[source],
+        )  # fmt: skip
         features = torch.cat([encoder(view).float().mean(dim=1) for view in views])
         assert source.labels is not None
-        labels = torch.from_numpy(source.labels[ids]).to(self._device)
+        labels = torch.from_numpy(source.labels[ids]).to(features.device)
         return gather_rows(features)[: len(ids)], labels
 
 

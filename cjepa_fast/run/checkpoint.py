@@ -1,8 +1,8 @@
-"""Checkpoints by torch.distributed.checkpoint (DCP) that are complete, checked and resumable, or are not there at all.
+"""Checkpoints by torch.distributed.checkpoint (DCP): complete, checked and resumable, or absent.
 
-A checkpoint is a folder `step-N` of DCP shards and a `manifest.json` with the CRC-32 of every file. It is written as
-`step-N.partial` and renamed last, so that a folder without the suffix is whole. DCP itself would load a flipped bit.
-DCP's `.metadata` is a pickle: resume only from run directories you trust; share weights as safetensors.
+A checkpoint is a folder `step-N` of DCP shards and a `manifest.json` with the CRC-32 of every file, as DCP itself would
+load a flipped bit. Its name is `step-N.partial` until it is whole. DCP's `.metadata` is a pickle: resume only from run
+directories you trust.
 """
 
 from __future__ import annotations
@@ -31,27 +31,38 @@ MANIFEST = "manifest.json"
 
 
 def training_state(networks: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor that a step changes, by name, sharing memory with the live ones; all else follows from the step.
+    """Return every tensor that a step changes, by name, sharing memory with the live ones.
 
-    Creates AdamW's moments (zero) where the optimizer has not made them yet, so that they can be loaded into.
+    Call `init_state` first where the optimizer has taken no step. Any optimizer will do whose state holds tensors.
     """
     state = {f"networks.{name}": tensor.detach() for name, tensor in networks.state_dict().items()}
     for name, parameter in networks.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        moments = optimizer.state[parameter]
-        if not moments:
-            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            moments["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            moments["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+        values = optimizer.state.get(parameter, {})
+        state |= {f"optimizer.{name}.{key}": value for key, value in values.items() if isinstance(value, Tensor)}
     return state
 
 
-def save(folder: Path, step: int, state: dict[str, Tensor], *, keep: int, extra: dict[str, Any]) -> Path:
-    """Saves `state` as folder/step-N, then removes all but the newest `keep` checkpoints. Collective.
+@torch.no_grad()
+def init_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer create its state, so that a checkpoint can be loaded into it: by a step with lr 0.
 
-    `extra`: JSON values recorded in the manifest. Raises UserError if the disk refuses (full, read-only).
+    The values are left for `load` to overwrite; weights stay.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def save(folder: Path, step: int, state: dict[str, Tensor], *, keep: int, extra: dict[str, Any]) -> Path:
+    """Save `state` as folder/step-N, then remove all but the newest `keep` checkpoints. Collective.
+
+    `extra`: JSON values for the manifest. Raises UserError if the disk refuses (full, read-only).
     """
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + ".partial")
@@ -62,13 +73,13 @@ def save(folder: Path, step: int, state: dict[str, Tensor], *, keep: int, extra:
             partial.mkdir(parents=True)
     except OSError as error:
         failure = _in_a_line(error)
-    if _any_rank(bool(failure)):  # told before DCP, within which the other ranks would wait for this one
+    if _any_rank(bool(failure)):  # fail before DCP, where the other ranks would wait for this one
         raise UserError(f"{refusal} {failure}")
     try:
         _dcp(dcp.save, state, partial)
         if _rank() == 0:
             _commit(partial, final, step, extra)
-    except (OSError, CheckpointException) as error:  # CheckpointException is no Exception: `except Exception` misses it
+    except (OSError, CheckpointException) as error:  # CheckpointException derives from BaseException
         failure = _in_a_line(error)
     if _any_rank(bool(failure)):
         raise UserError(f"{refusal} {failure}")
@@ -81,16 +92,16 @@ def save(folder: Path, step: int, state: dict[str, Tensor], *, keep: int, extra:
 
 
 def require(folder: Path) -> None:
-    """Raises UserError if `folder` holds no checkpoint."""
+    """Raise UserError if `folder` holds no checkpoint."""
     if not _steps(folder):
         raise UserError(f"{folder}: no checkpoint there; remove the folder or name another, without --resume")
 
 
 def load(folder: Path, state: dict[str, Tensor]) -> tuple[int, dict[str, Any]]:
-    """Loads the newest valid checkpoint of `folder` into the tensors of `state`, in place, for any world size.
+    """Load the newest valid checkpoint of `folder` into the tensors of `state`, in place, for any world size.
 
-    A damaged checkpoint is named and the one before it taken. Returns the step and the manifest's `extra`.
-    Raises UserError if there is none, or none is valid: never a silent start from scratch.
+    Damaged checkpoints are named and skipped. Returns the step and the manifest's `extra`.
+    Raises UserError if there is none, or none is valid: a run never starts from scratch in silence.
     """
     require(folder)
     candidates = list(reversed(_steps(folder)))
@@ -108,9 +119,9 @@ def load(folder: Path, state: dict[str, Tensor]) -> tuple[int, dict[str, Any]]:
 
 
 def _in_a_line(error: BaseException) -> str:
-    """What is wrong: of what DCP met on all ranks, and what that arose from, the system's word if there is one."""
+    """Return the cause of an error in one line: the system's error, if DCP met one on any rank."""
     met: list[BaseException] = [error]
-    if isinstance(error, CheckpointException):  # its own text is every traceback
+    if isinstance(error, CheckpointException):  # whose own text holds every traceback
         met = [each for each, _ in error.failures.values()]
     for each in met:
         if each.__context__ is not None:
@@ -121,7 +132,7 @@ def _in_a_line(error: BaseException) -> str:
 
 def _dcp(call: Callable[..., Any], state: dict[str, Tensor], folder: Path) -> None:
     with warnings.catch_warnings():
-        # it warns that it takes a lone process for a lone process, which no_dist says
+        # DCP warns about a single process, although no_dist says so.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         call(state, checkpoint_id=folder, no_dist=world_size() == 1)
 
@@ -134,7 +145,7 @@ def _commit(partial: Path, final: Path, step: int, extra: dict[str, Any]) -> Non
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(partial)
-    if final.exists():  # the same step again after a resume: the new copy takes its place
+    if final.exists():  # replace the same step, saved before a resume
         shutil.rmtree(final)
     os.replace(partial, final)
     _sync_folder(final.parent)
@@ -149,13 +160,13 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; copies under other names and `.partial` ones are none."""
+    """Return whole checkpoints, oldest first; skip `.partial` ones and copies under other names."""
     found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdecimal()}
     return [found[step] for step in sorted(found)]
 
 
 def _fault(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, or nothing; the same on all ranks, each of which reads its share."""
+    """Return the fault of a checkpoint's files, or ""; equal on all ranks, each of which reads its share."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
         own = list(files.items())[_rank() :: world_size()]

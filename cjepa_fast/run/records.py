@@ -1,4 +1,4 @@
-"""The run directory: what a run was asked for, what it measured and how it ended.
+"""The run directory: the settings, the measurements and the end of a run.
 
 RUN/config.yaml      every setting, resolved
 RUN/metrics.jsonl    one JSON object a line, one line an interval
@@ -14,7 +14,9 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,13 @@ COLUMNS = {
 
 
 def refuse_existing(directory: Path) -> None:
-    """Raises UserError if `directory` holds anything: a new run never writes over an old one."""
+    """Raise UserError if `directory` holds anything: a new run never overwrites an old one."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"run.dir: {directory} exists; go on with --resume {directory}, remove it or name another")
 
 
 def require_sinks(*, tensorboard: bool, wandb_project: str | None) -> None:
-    """Raises UserError if a sink that is asked for is not installed."""
+    """Raise UserError if a requested sink is not installed."""
     for key, wanted, package in (
         ("run.tensorboard", tensorboard, "tensorboard"),
         ("run.wandb", wandb_project is not None, "wandb"),
@@ -44,14 +46,14 @@ def require_sinks(*, tensorboard: bool, wandb_project: str | None) -> None:
 
 
 class RunDirectory:
-    """Writes a run's records; made on rank 0 only.
+    """The records of a run, written by rank 0 alone.
 
     Args:
         directory: created with its parents; an existing one must be resumed.
-        config_yaml: the resolved configuration, or None when resuming.
-        resume_step: on resume, the step of the loaded checkpoint: later lines of metrics are dropped, for they are
-            about to be written again.
-        total_steps: for the progress bar.
+        config_yaml: the resolved configuration, or None on resume.
+        resume_step: on resume, the step of the loaded checkpoint; later lines of metrics are dropped, as the run writes
+            them again.
+        total_steps: for the progress bar and the time left.
         tensorboard, wandb_project: optional further sinks, see `require_sinks`.
 
     Raises UserError, on construction and later, if the folder cannot be written.
@@ -68,6 +70,7 @@ class RunDirectory:
         wandb_project: str | None = None,
     ) -> None:
         self.directory, self.total_steps = directory, total_steps
+        self._since, self._first_step = time.monotonic(), resume_step
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._bar: Any = None
@@ -79,7 +82,7 @@ class RunDirectory:
                 (directory / CONFIG).write_text(config_yaml)
             text = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= resume_step)
             if (directory / METRICS).is_file() and (directory / METRICS).read_text() != text:
-                _replace(directory / METRICS, text)  # a torn line goes too: it would swallow the next one
+                _replace(directory / METRICS, text)  # also drops a torn line, which would swallow the next one
             self._file = open(directory / METRICS, "a", buffering=1)  # noqa: SIM115 - open for the run's life
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -95,7 +98,7 @@ class RunDirectory:
             self._bar = tqdm(total=total_steps, initial=resume_step, unit="step", dynamic_ncols=True)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl so far; a line torn by a crash is left out."""
+        """Return the lines of metrics.jsonl so far, without a line torn by a crash."""
         lines = []
         if (self.directory / METRICS).is_file():
             for text in (self.directory / METRICS).read_text().splitlines():
@@ -105,12 +108,18 @@ class RunDirectory:
                     continue
         return lines
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Appends one line of metrics (it must hold `step`) and shows it."""
+    def log(self, values: dict[str, Any], *, mfu: float | None = None) -> None:
+        """Append one line of metrics, which must hold `step`, and show it.
+
+        mfu: share of the GPU's peak rate, shown but not recorded; None if unknown.
+        """
         with self._writing():
             self._file.write(json.dumps(values) + "\n")
         shown = {name: format(values[name], spec) for name, spec in COLUMNS.items() if values.get(name) is not None}
         step = values["step"]
+        if mfu is not None:
+            shown["of peak"] = f"{mfu:.0%}"
+        shown["left"] = self._time_left(step)
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix(shown)
@@ -125,16 +134,21 @@ class RunDirectory:
             self._wandb.log(numbers, step=step)
 
     def say(self, text: str) -> None:
-        """Prints a line without tearing the progress bar."""
+        """Print a line without tearing the progress bar."""
         if self._bar is not None:
             self._bar.write(text)
         else:
             print(text, flush=True)
 
     def state(self, status: str, step: int, **more: Any) -> None:
-        """Replaces run_state.json, atomically."""
+        """Replace run_state.json, atomically."""
         with self._writing():
             _replace(self.directory / STATE, json.dumps({"status": status, "step": step, **more}, indent=1) + "\n")
+
+    def _time_left(self, step: int) -> str:
+        """Estimate the rest of the run from its rate so far, probes and checkpoints included: `"1:05:00"`."""
+        seconds = (time.monotonic() - self._since) / (step - self._first_step) * (self.total_steps - step)
+        return str(timedelta(seconds=round(seconds)))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -144,7 +158,7 @@ class RunDirectory:
             raise UserError(f"run.dir: {self.directory} cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        """Flushes every sink."""
+        """Flush every sink."""
         self._file.close()
         for sink in (self._tensorboard, self._bar):
             if sink is not None:

@@ -1,0 +1,1 @@
+from cjepa_fast.networks.vit import hold_copies  # noqa: F401

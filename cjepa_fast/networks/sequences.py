@@ -1,0 +1,1 @@
+from cjepa_fast.networks.vit import Layout, Selection, take_rows  # noqa: F401
