@@ -56,9 +56,7 @@ def load(argv: Sequence[str]) -> Command:
 
     Prints for `--help` only, which exits with 0. Raises UserError, one line, for everything that is wrong.
     """
-    if any(argument in ("-h", "--help") for argument in argv):
-        _print_help()
-    flags = _read_flags(argv)
+    flags = _read_flags([argument for argument in argv if argument not in ("-h", "--help")])
     preset, paths, resume, check = (flags.pop(name, getattr(_Flags(), name)) for name in _COMMANDS)
     files = [(path, *_read_yaml(path)) for path in paths]
     named = [(str(path), name) for path, name, _, _ in files if name is not None]
@@ -82,6 +80,8 @@ def load(argv: Sequence[str]) -> Command:
             raise UserError(f"{path}: {key} is no longer a setting: {RETIRED[key]}; leave it out")
         config = replace(config, changes)
     config = replace(config, flags)
+    if {"-h", "--help"} & set(argv):
+        _print_help(config)
 
     if resume is not None:
         if config.run.dir != resume:
@@ -263,8 +263,8 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for flag, values in _flag_groups(argv):
         key, annotation = flag.replace("-", "_"), annotations.get(flag)
-        if annotation is None and (positive := flag.replace("no-", "", 1)) in annotations:
-            if annotations[positive] is not bool or values:
+        if annotation is None and annotations.get(positive := flag.replace("no-", "", 1)) is bool:
+            if values:
                 raise UserError(f"--{flag}: only switches off, without a value; write --{positive} VALUE")
             found[positive.replace("-", "_")] = False
             continue
@@ -300,8 +300,8 @@ def _flag_groups(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _print_help() -> None:
-    """Print every flag with its help and default (drawn by tyro), and exit with 0."""
+def _print_help(config: Config) -> None:
+    """Print every flag with its help and its value in `config` (drawn by tyro), and exit with 0."""
     import tyro
 
     tyro.cli(
@@ -309,5 +309,5 @@ def _print_help() -> None:
         prog="python -m cjepa_fast.train",
         description=f"Pretrain a vision transformer with C-JEPA. Presets: {', '.join(PRESETS)}.",
         args=["--help"],
-        default=_Flags(**{f.name: getattr(PRESETS[DEFAULT_PRESET], f.name) for f in dataclasses.fields(Config)}),
+        default=_Flags(**{f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}),
     )

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import distributed
 from cjepa_fast.config import Config, World, memory_plan, replace, shard_size
+from cjepa_fast.engine.graphs import MOST
 from cjepa_fast.engine.schedules import Length
 from cjepa_fast.engine.step import forward_backward
 from cjepa_fast.masks import Masks
@@ -90,15 +91,19 @@ def count(c: Config, world: World, tokens: Tokens | None, *, reshard: bool = Fal
                 if isinstance(block, Block) and next(block.parameters()).requires_grad:
                     distributed.checkpoint_activations(block)
         copies: dict[Tensor, Tensor] = {}
-        if world.size == 1 and c.model.precision == "bf16":
+        if c.model.precision == "bf16":  # of one process; FSDP2 gathers in bf16, so it casts nothing either
             copies = hold_copies(method, torch.bfloat16, rounded_grads=parts == 1)
         batch = taken * images // parts
         side = c.model.image_size
         shape = (batch, side, side, 3) if method.views == 1 else (method.views, batch, side, side, 3)
         pictures = torch.zeros(shape, dtype=torch.uint8)
         masks = [_masks(c, tokens, batch // taken) for _ in range(taken)]
+        # Two passes: the counter's module hooks keep tensors alive.
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flop:
+            forward_backward(method, pictures, masks)
+        method.zero_grad()
         live = _Live([*method.parameters(), *method.buffers(), *copies.values(), pictures])
-        with live.gradients_of(method), FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flop, live:
+        with live.gradients_of(method), live:
             out = forward_backward(method, pictures, masks)
         kept = sum(x.nbytes for x in (out.predictions, out.embeddings) if x is not None) / taken
     trained = {name: _trained(network) for name, network in method.named_children()}
@@ -114,6 +119,8 @@ def count(c: Config, world: World, tokens: Tokens | None, *, reshard: bool = Fal
     before = 4 * everything / shards if parts > 1 or c.runtime.cuda_graph == "on" else 0.0
     moments = [bytes + max(before, gradients / shards) for bytes, gradients in live.moments]
     peak = state + weights + max(moments) + (parts - taken) * kept
+    if c.runtime.cuda_graph == "on":  # a pool for all graphs beside the warm-up steps' memory, and each graph's results
+        peak += max(bytes for bytes, _ in live.moments) + MOST * kept
     memory = Memory(state, 4 * everything / shards, weights, max(bytes for bytes, _ in live.moments), peak)
     return Cost(_by_network(method, flop, batch), trained, memory)
 
