@@ -34,10 +34,13 @@ from cjepa_fast.engine import cost, graphs, optim
 from cjepa_fast.engine.step import LossWeights, Networks, train_step
 from cjepa_fast.errors import UserError
 from cjepa_fast.evaluation.knn import Probe
-from cjepa_fast.feed import batches as data
 from cjepa_fast.feed import index
+from cjepa_fast.feed.bad import BadImages
+from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.decode import Place
 from cjepa_fast.feed.demo import DEMO_VERSION, write_demo_dataset
-from cjepa_fast.feed.views import Photometric
+from cjepa_fast.feed.order import Order
+from cjepa_fast.feed.views import Views
 from cjepa_fast.losses.second_moment import Projector
 from cjepa_fast.masks import Masks, MultiBlockSampler
 from cjepa_fast.networks import vit
@@ -175,7 +178,7 @@ def train(command: cli.Command, world: config.World) -> int:
         else:
             print(probe.description, flush=True)
     first_step, untrained, initial_std = 0, None, None
-    bad = data.BadImages(source, c.data.on_error)
+    bad = BadImages(source, c.data.on_error)
     state = checkpoint.training_state(networks, optimizer)
     if resume is not None:
         first_step, extra = checkpoint.load(directory / CHECKPOINTS, state)
@@ -200,16 +203,11 @@ def train(command: cli.Command, world: config.World) -> int:
         records.say(f"run directory: {directory}")
         if untrained is not None:
             records.say(f"20-NN top-1 of the untrained encoder: {untrained:.1%}")
-    photometric = Photometric(
-        color_jitter=c.data.color_jitter, color_jitter_p=c.data.color_jitter_p, grayscale_p=c.data.grayscale_p,
-        blur_p=c.data.blur_p, blur_sigma=c.data.blur_sigma, solarize_p=c.data.solarize_p,
-    )  # fmt: skip
-    batches = data.Batches(
-        source, batch_size=c.optim.batch_size, rank=world.rank, world_size=world.size, image_size=c.model.image_size,
-        seed=c.seed, first_step=first_step, last_step=steps, crop_scale=c.data.crop_scale, crop_ratio=c.data.crop_ratio,
-        hflip=c.data.hflip, photometric=photometric, views=c.data.views, device=str(device),
-        threads=c.runtime.data_threads, prefetch=c.runtime.prefetch, hw_decoder_load=c.runtime.hw_decoder_load, bad=bad,
-    )  # fmt: skip
+    # with augment, the target encoder sees the same crop in other colours
+    views = Views(c.model.image_size, count=1 if c.data.augment == "none" else 2)
+    order = Order(c.seed, c.optim.batch_size, first_step, steps)
+    place = Place(world.rank, world.size, str(device), c.runtime.data_threads)
+    batches = Batches(source, c.data, views, order, place, bad)
 
     every = [c.run.log_every, c.run.checkpoint_every, *([c.run.probe_every] if probe and c.run.probe_every else [])]
 

@@ -21,7 +21,6 @@ _MASK = MaskConfig(
 )
 _DATA = DataConfig(
     crop_scale=(0.3, 1.0),  # code
-    crop_ratio=(3 / 4, 4 / 3),  # code
     hflip=False,  # code
 )
 

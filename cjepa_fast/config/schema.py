@@ -169,24 +169,12 @@ class DataConfig:
     """An image that turns bad after indexing: error stops the run, skip shows another in its place, for up to 0.1 %."""
     crop_scale: Range = (0.3, 1.0)
     """Area of the random crop, as a share of the image."""
-    crop_ratio: Range = (3 / 4, 4 / 3)
-    """Width over height of the random crop."""
     hflip: bool = False
     """Flip half of the images left to right; the published recipes do not."""
-    views: int = 1
-    """2: the target encoder sees the same crop in other colours, as drawn by the settings below."""
-    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Most change of brightness, contrast, saturation (as a share) and hue (in turns); BYOL 0.4 0.4 0.2 0.1."""
-    color_jitter_p: float = 0.8
-    """Share of the images that color_jitter changes."""
-    grayscale_p: float = 0.0
-    """Share of the images turned grey."""
-    blur_p: tuple[float, ...] = (0.0,)
-    """Share of the images that are blurred: one number, or one per view."""
-    blur_sigma: Range = (0.1, 2.0)
-    """Standard deviation of the blur, in pixels of the training crop."""
-    solarize_p: tuple[float, ...] = (0.0,)
-    """Share of the images whose values from 128 on are inverted: one number, or one per view."""
+    augment: Literal["none", "color", "byol"] = "none"
+    """Colours of each view. color: jitter and grey, as SimCLR on CIFAR-10; byol: blur and solarise too, as BYOL."""
+    augment_strength: float = 1.0
+    """Factor of the jitter 0.4 0.4 0.2 0.1 of brightness, contrast, saturation (as shares) and hue (in turns)."""
     mean: RGB = (0.485, 0.456, 0.406)
     """Channel means subtracted from pixels in 0..1 (ImageNet)."""
     std: RGB = (0.229, 0.224, 0.225)
@@ -494,9 +482,8 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
     for key in ("mask.target_scale", "mask.context_scale", "data.crop_scale"):
         low, high = get(config, key)
         yield key, 0 < low <= high <= 1, "is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1"
-    for key in ("mask.target_aspect", "data.crop_ratio"):
-        low, high = get(config, key)
-        yield key, 0 < low <= high, "is no range; use LOW HIGH with 0 < LOW <= HIGH"
+    low, high = mask.target_aspect
+    yield "mask.target_aspect", 0 < low <= high, "is no range; use LOW HIGH with 0 < LOW <= HIGH"
     yield (
         "mask.target_scale",
         int(patches * mask.target_scale[0]) >= 1,
@@ -570,25 +557,20 @@ def _rules(config: Config, encoders: Mapping[str, Any]) -> Iterator[tuple[str, b
     )
     yield _at_least(config, "optim.schedule_scale", 1)
     yield _at_least(config, "data.max_pixels", 1)
-    yield "data.views", data.views in (1, 2), "is out of range; use 1 or 2"
     yield (
-        "data.color_jitter",
-        all(x >= 0 for x in data.color_jitter) and data.color_jitter[3] <= 0.5,
-        "is out of range; use BRIGHTNESS CONTRAST SATURATION HUE of at least 0, HUE at most 0.5",
+        "data.augment",
+        data.augment != "byol" or model.image_size > 6,
+        f"blurs over 6 pixels, farther than the {model.image_size} pixels of a crop; use color",
     )
-    for key in ("data.color_jitter_p", "data.grayscale_p", "runtime.hw_decoder_load"):
-        yield key, 0 <= get(config, key) <= 1, "is out of range; use 0 to 1"
-    for key in ("data.blur_p", "data.solarize_p"):
-        shares = get(config, key)
-        yield key, all(0 <= p <= 1 for p in shares), "is out of range; use numbers from 0 to 1"
-        yield key, len(shares) in (1, data.views), f"has {len(shares)} numbers; use one, or one for each of data.views"
-    low, high = data.blur_sigma
-    yield "data.blur_sigma", 0 < low <= high, "is no range; use LOW HIGH with 0 < LOW <= HIGH"
     yield (
-        "data.blur_sigma",
-        not any(data.blur_p) or math.ceil(3 * high) < model.image_size,
-        f"reaches farther (3 times as far) than the {model.image_size} pixels of a crop;"
-        f" use at most {(model.image_size - 1) // 3}",
+        "data.augment_strength",
+        0 <= data.augment_strength <= 5,
+        "is out of range; use 0 to 5, where hue turns by up to half the circle",
+    )
+    yield (
+        "runtime.hw_decoder_load",
+        0 <= runtime.hw_decoder_load <= 1,
+        "is out of range; use 0 to 1",
     )
     yield "data.std", all(s > 0 for s in data.std), "is out of range; use three numbers above 0"
     yield "seed", 0 <= config.seed < 2**63, "is out of range; use 0 to 2**63 - 1"

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from cjepa_fast.distributed import gather_rows, world_size
 from cjepa_fast.errors import UserError
 from cjepa_fast.evaluation.health import knn_accuracy
-from cjepa_fast.feed.batches import BadImages, center_batches
-from cjepa_fast.feed.manifest import Mixture
+from cjepa_fast.feed.bad import BadImages
+from cjepa_fast.feed.batches import center_batches
+from cjepa_fast.feed.decode import Place
+from cjepa_fast.feed.mixture import Mixture
+from cjepa_fast.feed.order import epoch_order
 from cjepa_fast.feed.sources import printable
-from cjepa_fast.feed.views import epoch_order
 
 NEIGHBOURS = 20
 _SPLIT_SEED = 20  # of the choice of bank and queries: fixed, so that every run on a data set has the same probe
@@ -28,7 +30,7 @@ class Probe:
         queries: labelled images with the same classes, which give the queries; None takes other images of `source`
             (their labels are never trained on, though their pixels are).
         bank_size, query_size: upper limits.
-        on_error: what to do about an image that turned bad, as `data.BadImages` has it.
+        on_error: what to do about an image that turned bad, as `BadImages` has it.
 
     Raises UserError if there are no labels, or the two sets have different classes.
     """
@@ -54,9 +56,7 @@ class Probe:
             query_ids = epoch_order(len(queries), seed=_SPLIT_SEED, epoch=0)[:query_size]
         self._source, self._bank_ids, self._query_ids = source, order[:bank_size], query_ids
         self._bad = {each: BadImages(each, on_error) for each in (self._source, self._queries)}
-        self._options = {
-            "image_size": image_size, "batch_size": batch_size, "threads": threads, "device": str(device)
-        }  # fmt: skip
+        self._options = image_size, batch_size, Place(device=str(device), threads=threads)
         self._device, self._rank = device, rank
         held_out = "held out of training" if queries is not None else "of the training set, their labels unused"
         self.description = (
@@ -76,7 +76,7 @@ class Probe:
         # sharded encoder equally often
         share = -(-len(ids) // world_size())
         mine = np.resize(ids, share * world_size())[self._rank * share : (self._rank + 1) * share]
-        views = center_batches(source, mine, bad=self._bad[source], **self._options)
+        views = center_batches(source, mine, *self._options, self._bad[source])
         features = torch.cat([encoder(view).float().mean(dim=1) for view in views])
         assert source.labels is not None
         labels = torch.from_numpy(source.labels[ids]).to(self._device)
