@@ -37,8 +37,8 @@ from bench.readers import MEAN, STD, Images, Pillow, lay_out, random_window, rea
 from bench.waits import waits_in_training
 from cjepa_fast.errors import UserError
 from cjepa_fast.feed.images import MAX_PIXELS
-from cjepa_fast.feed.index import inspect_files
 from cjepa_fast.feed.manifest import ENTRY, Manifest, Strings
+from cjepa_fast.feed.scan import inspect_files
 
 Row = dict[str, Any]
 

@@ -21,8 +21,11 @@ from bench import readers
 from bench.references import Batch, Trainer, eager
 from cjepa_fast import train
 from cjepa_fast.config import Config
-from cjepa_fast.feed import batches as data
-from cjepa_fast.feed import index
+from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.decode import Place
+from cjepa_fast.feed.index import open_sources
+from cjepa_fast.feed.order import Order
+from cjepa_fast.feed.views import Views
 from cjepa_fast.masks import MultiBlockSampler
 
 
@@ -36,10 +39,9 @@ class Feed(NamedTuple):
 
 def ours(trainer: Trainer, c: Config, images: readers.Images, threads: int, device: torch.device) -> Feed:
     sampler, unions = train.build_sampler(c), train.needs_unions(c)
-    feed = data.Batches(
-        index.open_sources([str(images.files)]), batch_size=images.batch_size, image_size=images.size, seed=c.seed,
-        crop_scale=c.data.crop_scale, crop_ratio=c.data.crop_ratio, hflip=c.data.hflip, device=str(device),
-        threads=threads, prefetch=c.runtime.prefetch,
+    feed = Batches(
+        open_sources([str(images.files)]), c.data, Views(images.size), Order(c.seed, images.batch_size),
+        Place(device=str(device), threads=threads),
     )  # fmt: skip
 
     def batches() -> Iterator[Batch]:

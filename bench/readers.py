@@ -27,10 +27,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cjepa_fast.config import DataConfig
 from cjepa_fast.errors import UserError
+from cjepa_fast.feed import decode
 from cjepa_fast.feed.batches import Batches
 from cjepa_fast.feed.images import FORMATS
 from cjepa_fast.feed.index import open_sources
+from cjepa_fast.feed.order import Order
+from cjepa_fast.feed.views import Views
 
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)  # the reference recipe
 MEAN, STD = np.array([0.485, 0.456, 0.406], dtype="f4"), np.array([0.229, 0.224, 0.225], dtype="f4")
@@ -195,10 +199,10 @@ def sweep(threads: int) -> list[tuple[int, float]]:
 def ours(
     images: Images, threads: int, *, device: str = "cpu", load: float = 0.65, shards: bool = False
 ) -> Iterator[Tensor]:  # fmt: skip
+    decode.HW_DECODER_LOAD = load  # a constant of the library, which the sweep checks
     batches = Batches(
-        open_sources([str(images.folder / "shards") if shards else str(images.files)]), batch_size=images.batch_size,
-        image_size=images.size, seed=0, crop_scale=SCALE, crop_ratio=RATIO, device=device, threads=threads,
-        prefetch=2, hw_decoder_load=load,
+        open_sources([str(images.folder / "shards") if shards else str(images.files)]), DataConfig(crop_scale=SCALE),
+        Views(images.size), Order(0, images.batch_size), decode.Place(device=device, threads=threads),
     )  # fmt: skip
     try:
         for batch in batches:

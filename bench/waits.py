@@ -18,7 +18,10 @@ from cjepa_fast.config import schema as config
 from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.engine.step import forward_backward
 from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.decode import Place
 from cjepa_fast.feed.index import open_sources
+from cjepa_fast.feed.order import Order
+from cjepa_fast.feed.views import Views
 
 WARM_UP = 5
 MOST_IMAGES = 256  # of a preset's global batch on this one device
@@ -45,9 +48,8 @@ def waits_in_training(
         torch.set_num_threads(threads)
     step, said = training_step(c, where)
     batches = Batches(
-        source, batch_size=batch_size, image_size=c.model.image_size, seed=c.seed, crop_scale=c.data.crop_scale,
-        crop_ratio=c.data.crop_ratio, hflip=c.data.hflip, device=str(where), threads=c.runtime.data_threads,
-        prefetch=c.runtime.prefetch,
+        source, c.data, Views(c.model.image_size), Order(c.seed, batch_size),
+        Place(device=str(where), threads=c.runtime.data_threads),
     )  # fmt: skip
     same = next(batches)
     still = [(0.0, milliseconds) for _, milliseconds in timed_steps(step, itertools.repeat(same), WARM_UP + steps // 2)]

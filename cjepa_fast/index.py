@@ -1,7 +1,7 @@
 """Index images once, so that training knows every one of them:  python -m cjepa_fast.index DATA [DATA ...]
 
-Reads headers (quick) or every byte (thorough) and writes a manifest of the usable images to the cache, and beside it
-bad_samples.jsonl: what was left out and why. An unchanged source is not read again.
+Reads headers (quick) or every byte (thorough). Writes a manifest of the usable images to the cache, and beside it
+bad_samples.jsonl: the images left out, and why. An unchanged source is not read again.
 """
 
 from __future__ import annotations
@@ -20,18 +20,11 @@ from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
+from cjepa_fast.cache import locked
 from cjepa_fast.errors import UserError
 from cjepa_fast.feed.images import MAX_PIXELS
-from cjepa_fast.feed.index import (
-    _cached,
-    _is_manifest,
-    _locked,
-    build,
-    cached_manifest,
-    staleness,
-    summary,
-    write_report,
-)
+from cjepa_fast.feed.index import cached_manifest, current, summary, write_index
+from cjepa_fast.feed.manifest import is_manifest
 from cjepa_fast.feed.sources import find_source, parse_root, printable
 
 log = logging.getLogger(__name__)
@@ -40,7 +33,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command with arguments `argv`; returns the exit code (0, 2 for bad input, 130 when interrupted)."""
+    """Run the command with arguments `argv`; return the exit code (0, 2 for bad input, 130 after an interrupt)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(
         prog="python -m cjepa_fast.index", description=(__doc__ or "").partition("\n\n")[2]
@@ -54,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--processes", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="that read; all cores by default",
+        help="processes that read; all cores by default",
     )  # fmt: skip
     parser.add_argument(
-        "--max-pixels", type=_positive, default=MAX_PIXELS, metavar="N", help="larger ones are left out"
+        "--max-pixels", type=_positive, default=MAX_PIXELS, metavar="N", help="larger images are left out"
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write bad_samples.jsonl here")
     parser.add_argument("--force", action="store_true", help="index again even if nothing changed")
@@ -71,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was there before is unchanged", file=sys.stderr)
+        print("interrupted; an earlier index is unchanged", file=sys.stderr)
         return 130
     return 0
 
@@ -84,45 +77,37 @@ def _positive(text: str) -> int:
 
 def _index(root: str, args: argparse.Namespace) -> None:
     out = args.out or cached_manifest(root, mode=args.mode, max_pixels=args.max_pixels)
-    report = args.report or (out.with_name(f"{out.name}.bad_samples.jsonl" if args.out else "bad_samples.jsonl"))
-    with _locked(out) if args.out is None else nullcontext():
-        start = time.perf_counter()  # not before, when another process may be indexing
-        old, why = _cached(out)
-        if args.out and out.exists() and not _is_manifest(str(out)):
-            raise UserError(f"{out}: exists and is not a manifest; give --out another name")
-        same = old is not None and all(
-            old.meta[key] == value
-            for key, value in (("root", root), ("mode", args.mode), ("max_pixels", args.max_pixels))
-        )
-        fault = staleness(old) if same and old is not None else why
-        if same and not fault and not args.force and report.exists():
-            log.info("%s\nunchanged since it was indexed: %s", summary(old, report), out)  # pyright: ignore
+    report = args.report or out.with_name(f"{out.name}.bad_samples.jsonl" if args.out else "bad_samples.jsonl")
+    if args.out and out.exists() and not is_manifest(str(out)):
+        raise UserError(f"{out}: exists and is not a manifest; give --out another name")
+    with nullcontext() if args.out else locked(out.with_name("lock")):
+        start = time.perf_counter()  # not before the lock, for which another process may let this one wait
+        old, why = current(out)
+        asked = {"root": root, "mode": args.mode, "max_pixels": args.max_pixels}
+        if old is not None and asked.items() <= old.meta.items() and report.exists() and not args.force:
+            log.info("%s\nunchanged since it was indexed: %s", summary(old, report), out)
             return
-        if fault:
-            log.info("indexing %s again: %s", printable(root), fault)
+        if why:
+            log.info("indexing %s again: %s", printable(root), why)
         source = find_source(root)
         for path in (out, report):
             if os.path.abspath(path.parent) in source.stamps:
-                raise UserError(
-                    f"{path}: lies in the folder that is indexed, whose time stamp tells of changes; put it elsewhere"
-                )
-        with _workers(args.processes) as pool:
+                raise UserError(f"{path}: lies in the folder that is indexed, and would change it; put it elsewhere")
+        with workers(args.processes) as pool:
             try:
-                manifest, rejected = build(source, mode=args.mode, max_pixels=args.max_pixels, pool=pool)
+                manifest = write_index(source, out, report, mode=args.mode, max_pixels=args.max_pixels, pool=pool)
             except BrokenProcessPool:
                 raise UserError(
                     f"{printable(root)}: a process that read it was killed, perhaps for memory; lower --processes"
                 ) from None
-        write_report(report, rejected)
-        manifest.save(out)
     seconds = time.perf_counter() - start
     rate = len(manifest) / seconds
     log.info("%s\nmanifest: %s (%.1f s, %s images/s)", summary(manifest, report), out, seconds, f"{rate:,.0f}")
 
 
 @contextmanager
-def _workers(processes: int) -> Iterator[Executor]:
-    """Forked processes, as this command has no threads yet that a fork could harm; with one, a thread."""
+def workers(processes: int) -> Iterator[Executor]:
+    """Give a pool of forked processes, or of one thread: this command has no threads yet that a fork could harm."""
     if processes == 1:
         pool: Executor = ThreadPoolExecutor(1)
     else:
@@ -134,10 +119,10 @@ def _workers(processes: int) -> Iterator[Executor]:
 
 
 def _serve(parent: int) -> None:
-    """Ctrl-C is for the parent to act on; a worker that outlived it would hold its lock, and who indexes next wait."""
+    """Ignore Ctrl-C and die with the parent: a surviving worker would keep the index locked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # the parent died before
         os._exit(1)
 
 

@@ -243,19 +243,38 @@ def image_cases() -> dict[str, Case]:
         "bmp upside down": Case(
             content=overwritten(bmp, 22, struct.pack("<i", -H)), outcome=("BMP", H, W)
         ),
-        "bmp cut": Case(content=bmp[:-1], outcome=("truncated", "too few for its 64 x 48 pixels"), quick=("BMP", H, W)),
+        "bmp cut": Case(content=bmp[:-1], outcome=("truncated", "image file is truncated"), quick=("BMP", H, W)),
+        "bmp run-length-coded": Case(
+            content=overwritten(encode(palette, "BMP"), 30, b"\2"), outcome=("unsupported", "run-length-coded")
+        ),
+        "bmp of 16 bits without masks": Case(
+            content=overwritten(bmp, 28, b"\x10"), outcome=("unsupported", "16 bits a pixel without masks")
+        ),
         "ppm": Case(content=ppm, outcome=("PNM", H, W)),
         "pgm in text": Case(content=b"P2\n# by hand\n2 1\n255\n1 2\n", outcome=("PNM", 1, 2)),
-        "ppm cut": Case(content=ppm[:-1], outcome=("truncated", "too few for its 64 x 48 pixels"), quick=("PNM", H, W)),
+        "pgm in text, cut": Case(
+            content=b"P2\n2 1\n255\n1 2", outcome=("truncated", "inside a number"), quick=("PNM", 1, 2)
+        ),
+        "pgm in text, a number too large": Case(
+            content=b"P2\n2 1\n255\n1 256\n", outcome=("damaged", "too large"), quick=("PNM", 1, 2), dali="decodes"
+        ),
+        "ppm cut": Case(content=ppm[:-1], outcome=("truncated", "image file is truncated"), quick=("PNM", H, W)),
         "tiff": Case(content=tiff, outcome=("TIFF", H, W)),
         "tiff LZW": Case(content=lzw, outcome=("TIFF", H, W)),
         "tiff of 16 bits": Case(content=encode(deep, "TIFF"), outcome=("TIFF", H, W)),
         "tiff of two pages": Case(content=frames("TIFF"), outcome=("TIFF", H, W)),
         "tiff turned": Case(content=encode(picture(), "TIFF", tiffinfo={0x112: 6}), outcome=("TIFF", W, H)),
+        "tiff turned by nonsense": Case(
+            content=encode(picture(), "TIFF", tiffinfo={0x112: 9}), outcome=("TIFF", H, W)
+        ),
         "tiff of floats": Case(
             content=encode(grey.convert("F"), "TIFF"), outcome=("unsupported", "a TIFF of [32] bits"), dali="decodes"
         ),
-        "tiff cut": Case(content=tiff[:-20], outcome=("truncated", "inside its pixels"), quick=("TIFF", H, W)),
+        "tiff cut": Case(content=tiff[:-20], outcome=("truncated", "image file is truncated"), quick=("TIFF", H, W)),
+        "tiff LZW, damaged": Case(
+            content=overwritten(lzw, 200, bytes(50)), outcome=("damaged", "Pillow cannot decode"), quick=("TIFF", H, W),
+            dali="decodes",
+        ),
         "gif": Case(content=encode(palette, "GIF"), outcome=("unsupported", "a GIF, which DALI does not decode")),
         "gif animated": Case(content=frames("GIF", palette), outcome=("unsupported", "a GIF")),
         "jpeg 2000": Case(content=encode(picture(), "JPEG2000"), outcome=("unsupported", "JPEG 2000"), dali="decodes"),

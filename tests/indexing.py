@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from bad_images import SOUND
 from cjepa_fast.feed import index
+from cjepa_fast.feed.listing import Rejected
 from cjepa_fast.feed.manifest import Manifest
-from cjepa_fast.feed.sources import Rejected, find_source
+from cjepa_fast.feed.scan import Mode
+from cjepa_fast.feed.sources import find_source
 
 
-def build(root: object, mode: index.Mode = "thorough", **options: int) -> tuple[Manifest, list[Rejected]]:
+def build(root: object, mode: Mode = "thorough", **options: int) -> tuple[Manifest, list[Rejected]]:
     with ThreadPoolExecutor(2) as pool:
         return index.build(find_source(str(root)), mode=mode, pool=pool, **options)
 

@@ -11,9 +11,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from cjepa_fast.config import DataConfig
+from cjepa_fast.feed import batches as feed
+from cjepa_fast.feed.bad import BadImages
 from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.decode import Place
 from cjepa_fast.feed.index import open_sources
-from cjepa_fast.feed.manifest import Mixture
+from cjepa_fast.feed.mixture import Mixture
+from cjepa_fast.feed.order import Order
+from cjepa_fast.feed.views import AUGMENTS, Photometric, Views
 
 SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 
@@ -57,17 +63,39 @@ def packed(source: Mixture, root: Path, kind: str) -> Path:
     return root / "a.parquet"
 
 
-def batches(source: Mixture, **changes) -> Batches:
-    options = {
-        "batch_size": 16,
-        "image_size": 24,
-        "seed": 3,
-        "crop_scale": SCALE,
-        "crop_ratio": RATIO,
-        "hflip": True,
-        "last_step": 7,  # two epochs of three steps and one more
-    }
-    return Batches(source, **(options | changes))
+def batches(
+    source: Mixture,
+    *,
+    image_size: int = 24,
+    views: int = 1,
+    independent: bool = False,
+    batch_size: int = 16,
+    first_step: int = 0,
+    last_step: int | None = 7,  # two epochs of three steps and one more
+    crop_scale: tuple[float, float] = SCALE,
+    hflip: bool = True,
+    photometric: Photometric | None = None,
+    prefetch: int = 2,
+    bad: BadImages | None = None,
+    **place,
+) -> Batches:
+    """Batches of seed 3; `photometric` stands in for a recipe of `data.augment`, `prefetch` for the constant."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "PREFETCH", prefetch)
+        patch.setitem(AUGMENTS, "none", photometric or AUGMENTS["none"])
+        return Batches(
+            source,
+            DataConfig(crop_scale=crop_scale, hflip=hflip),
+            Views(image_size, views, independent),
+            Order(3, batch_size, first_step, last_step),
+            Place(**place),
+            bad,
+        )
+
+
+def center(source: Mixture, ids: np.ndarray, image_size: int, batch_size: int, bad: BadImages | None = None) -> list:
+    """The evaluation views."""
+    return list(feed.center_batches(source, ids, image_size, batch_size, Place(), bad))
 
 
 def pillow_view(path: str, window: np.ndarray, image_size: int) -> np.ndarray:

@@ -122,7 +122,6 @@ BAD_FLAGS = [
     ),
     ("--loss.projector 64 0", "loss.projector: (64, 0) is out of range; use widths of at least 1"),
     ("--method vicreg", "data.augment: 'none' needs augmented views; use color or byol"),
-    ("--data.augment-strength 9", "data.augment_strength: 9.0 is out of range; use 0 to 5"),
     (
         "--runtime.memory auto:x",
         "runtime.memory: 'auto:x' is no plan;"
@@ -142,6 +141,16 @@ BAD_FLAGS = [
     ("--data.root", "--data.root: expected text or several, got nothing"),
     ("--data.index fast", "--data.index: expected one of quick, thorough, got 'fast'"),
     ("--data.max-pixels 0", "data.max_pixels: 0 is out of range; use at least 1"),
+    ("--data.augment moco", "--data.augment: expected one of none, color, byol, got 'moco'"),
+    (
+        "--data.augment-strength 5.1",
+        "data.augment_strength: 5.1 is out of range; use 0 to 5, where hue turns by up to half the circle",
+    ),
+    ("--data.augment-strength nan", "data.augment_strength: nan is not finite; use a finite number"),
+    (
+        "--data.augment byol --model.image-size 6 --model.patch-size 3 --mask.min-keep 1 --mask.target-scale 0.3 0.5",
+        "data.augment: 'byol' blurs over 6 pixels, farther than the 6 pixels of a crop; use color",
+    ),
     ("--run.log-every 0", "run.log_every: 0 is out of range; use at least 1"),
     ("--run.keep-checkpoints 1", "run.keep_checkpoints: 1 is out of range; use at least 2"),
     ("--runtime.data-threads 1025", "runtime.data_threads: 1025 is out of range; use 1 to 1024"),

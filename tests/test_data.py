@@ -17,15 +17,17 @@ from PIL import Image
 
 from bad_images import png_header
 from cjepa_fast.errors import UserError
-from cjepa_fast.feed import batches as data
-from cjepa_fast.feed.batches import center_batches
-from cjepa_fast.feed.manifest import Mixture
-from cjepa_fast.feed.views import Photometric, batch_ids, crop_windows, flip_flags
+from cjepa_fast.feed import decode
+from cjepa_fast.feed.decode import Place
+from cjepa_fast.feed.mixture import Mixture
+from cjepa_fast.feed.order import Visits, batch_ids
+from cjepa_fast.feed.read import Reader
+from cjepa_fast.feed.views import AUGMENTS, Photometric, Views, crop_windows, flip_flags
 from pictures import (
-    RATIO,
     SCALE,
     assert_same,
     batches,
+    center,
     fifty,
     images_by_step,
     opened,
@@ -95,7 +97,7 @@ def test_every_kind_of_source_shows_the_same(source: Mixture, tmp_path: Path, ki
     assert other.labels is None
     assert_same(images_by_step(source), images_by_step(other, threads=3))
     some = np.array([3, 49, 0])
-    view, again = (next(center_batches(s, some, image_size=24, batch_size=3)) for s in (source, other))
+    (view,), (again,) = (center(s, some, 24, 3) for s in (source, other))
     assert torch.equal(view, again)
 
 
@@ -109,8 +111,8 @@ def test_batches_agree_with_pillow(source: Mixture, size: int):
         ids = batch.ids.numpy()
         epoch, due, _ = batch_ids(source, seed=3, step=batch.step, batch_size=16)
         assert batch.epoch == epoch == batch.step // 3 and np.array_equal(ids, due)
-        windows = crop_windows(ids, source.sizes[ids], seed=3, epoch=batch.epoch, scale=SCALE, ratio=RATIO)
-        flips = flip_flags(ids, seed=3, epoch=batch.epoch)
+        visits = Visits(ids, 3, batch.epoch)
+        windows, flips = crop_windows(visits, source.sizes[ids], SCALE), flip_flags(visits)
         assert batch.images.dtype == torch.uint8 and batch.images.shape == (16, size, size, 3)
         assert batch.wait_ms > 0
         for image, i, window, flip in zip(batch.images.numpy(), ids, windows, flips, strict=True):
@@ -143,22 +145,23 @@ ODD_FILES = {
 
 
 def test_odd_files_come_out_upright_and_rgb(tmp_path: Path):
-    """Whole-image windows: a size at odds with what DALI sees is an error or a wrong picture."""
+    """Windows of nearly the whole image, whose sides are as 3 to 4: a size that DALI does not see shows garbage."""
     for name, (mode, options) in ODD_FILES.items():
         options = dict(options)
         if "exif" in options:
             exif = Image.Exif()
             exif[0x0112] = options["exif"]
             options["exif"] = exif
-        picture(7, 40, 64).convert(mode).save(tmp_path / name, **options)
+        picture(7, 48, 64).convert(mode).save(tmp_path / name, **options)
     source = opened(tmp_path)
-    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (0.1, 10.0), "hflip": False}
+    whole = {"crop_scale": (1.0, 1.0), "hflip": False}
     for batch in batches(source, batch_size=len(source), image_size=32, last_step=2, **whole):
         ids = batch.ids.numpy()
-        windows = crop_windows(ids, source.sizes[ids], seed=3, epoch=batch.epoch, scale=(1.0, 1.0), ratio=(0.1, 10.0))
+        windows = crop_windows(Visits(ids, 3, batch.epoch), source.sizes[ids], (1.0, 1.0))
+        assert (windows[:, 2:] >= source.sizes[ids] - 1).all()
         for image, i, window in zip(batch.images.numpy(), ids, windows, strict=True):
             turned = ODD_FILES[Path(source.path(i)).name][1].get("exif", 1) >= 5
-            assert tuple(source.sizes[i]) == ((64, 40) if turned else (40, 64)), source.name(i)
+            assert tuple(source.sizes[i]) == ((64, 48) if turned else (48, 64)), source.name(i)
             difference = np.abs(image.astype(int) - pillow_view(source.path(i), window, 32))
             assert difference.mean() < 0.5 and difference.max() <= 6, source.name(i)
 
@@ -167,7 +170,7 @@ def test_odd_files_come_out_upright_and_rgb(tmp_path: Path):
 def test_center_batches_agree_with_pillow(source: Mixture, image_size: int):
     """Both sides of the rule: 20 to 90 pixel images against 24 and 56 pixel views."""
     ids = np.arange(len(source))[::-1]
-    views = list(center_batches(source, ids, image_size=image_size, batch_size=16))
+    views = center(source, ids, image_size, 16)
     assert [len(view) for view in views] == [16, 16, 16, 2]
     for image, i in zip(torch.cat(views).numpy(), ids, strict=True):
         with Image.open(source.path(i)) as original:
@@ -183,7 +186,7 @@ def test_center_batches_agree_with_pillow(source: Mixture, image_size: int):
 
 def test_center_leaves_images_of_the_right_size_alone(tmp_path: Path):
     picture(0, 32, 32).save(tmp_path / "a.png")
-    (view,) = center_batches(opened(tmp_path), np.array([0, 0]), image_size=32, batch_size=4)
+    (view,) = center(opened(tmp_path), np.array([0, 0]), 32, 4)
     assert (view.numpy() == np.asarray(picture(0, 32, 32))).all()
 
 
@@ -263,7 +266,7 @@ def test_images_outlive_close_and_close_ends_the_iterator(source: Mixture):
 
 # --- views
 
-EVERYTHING = Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), grayscale_p=0.2, blur_p=(1.0, 0.1), solarize_p=(0.0, 0.2))
+EVERYTHING = AUGMENTS["byol"]
 TWO = {"photometric": EVERYTHING, "views": 2}
 
 
@@ -279,7 +282,7 @@ def views_by_step(source: Mixture, **changes) -> dict[int, tuple[list[int], torc
 )
 @pytest.mark.parametrize("independent", [False, True])
 def test_views_are_the_same_however_they_are_made(mixture: Mixture, changes: dict, independent: bool):
-    options = {"last_step": 14, "independent_crops": independent, **TWO}
+    options = {"last_step": 14, "independent": independent, **TWO}
     whole = views_by_step(mixture, **options)
     kept = {step: batch for step, batch in whole.items() if step >= changes.get("first_step", 0)}
     world_size = changes.get("world_size", 1)
@@ -317,12 +320,12 @@ def test_views_have_independent_colours_and_shares_of_their_own(source: Mixture)
 def test_independent_crops(source: Mixture):
     """View 0 is the single view bit for bit, and every view the window and flip of its own, as Pillow sees them."""
     single = images_by_step(source, last_step=2)
-    for batch in batches(source, last_step=2, views=3, independent_crops=True):
-        ids, place = batch.ids.numpy(), {"seed": 3, "epoch": 0}
+    for batch in batches(source, last_step=2, views=3, independent=True):
+        ids = batch.ids.numpy()
+        visits = Visits(ids, 3, epoch=0)
         assert torch.equal(batch.images[0], single[batch.step][1])
         for view in range(3):
-            windows = crop_windows(ids, source.sizes[ids], scale=SCALE, ratio=RATIO, view=view, **place)
-            flips = flip_flags(ids, view=view, **place)
+            windows, flips = crop_windows(visits, source.sizes[ids], SCALE, view), flip_flags(visits, view)
             for image, i, window, flip in zip(batch.images[view].numpy(), ids, windows, flips, strict=True):
                 expected = pillow_view(source.path(i), window, 24)
                 difference = np.abs(image.astype(int) - (expected[:, ::-1] if flip else expected))
@@ -336,7 +339,7 @@ def test_independent_crops(source: Mixture):
         (["gaussian_blur"], {"photometric": Photometric(blur_p=(0.1,))}),
         (["flip"], {"hflip": True}),
         (["stack"], {"views": 2}),
-        (["slice"], {"views": 2, "independent_crops": True}),
+        (["slice"], {"views": 2, "independent": True}),
     ],
 )
 def test_an_operator_is_there_only_if_asked_for(
@@ -368,8 +371,8 @@ def test_nothing_is_copied_on_the_way_to_torch(source: Mixture, monkeypatch: pyt
 
 def test_the_next_batch_is_made_while_the_caller_computes(source: Mixture, monkeypatch: pytest.MonkeyPatch):
     given = []
-    get = data._Feed.get
-    monkeypatch.setattr(data._Feed, "get", lambda feed: given.append(time.monotonic()) or get(feed))
+    get = Reader.get
+    monkeypatch.setattr(Reader, "get", lambda reader: given.append(time.monotonic()) or get(reader))
     for prefetch in (1, 2, 3):
         given.clear()
         loader = batches(source, prefetch=prefetch)
@@ -459,24 +462,25 @@ def test_import_needs_neither_dali_nor_pillow():
 def test_the_graph_for_a_gpu_decodes_whole_images(monkeypatch: pytest.MonkeyPatch, crops: int):
     """Windows are cut on the GPU from what is decoded once. Of the graph alone, which can be laid out without one."""
     fn = importlib.import_module("nvidia.dali.fn")
-    calls, decode = [], fn.decoders.image
-    monkeypatch.setattr(fn.decoders, "image", lambda *a, **k: calls.append(k) or decode(*a, **k))
+    calls, decode_whole = [], fn.decoders.image
+    monkeypatch.setattr(fn.decoders, "image", lambda *a, **k: calls.append(k) or decode_whole(*a, **k))
     monkeypatch.setattr(fn.decoders, "image_slice", None)
     names = [f"{name} {v}" for v in range(crops) for name in ("anchor", "shape", "flip", *CHANGES)]
     with importlib.import_module("nvidia.dali.pipeline").Pipeline(batch_size=2, num_threads=1, device_id=0):
         files, *inputs = fn.external_source(source=lambda: [], num_outputs=1 + len(names))
         given = dict(zip(names, inputs, strict=True))
-        found = data._cropped(files, given, crops, lambda x: data._resized(x, 24, "cuda:0", 1), "cuda:0", 0.3)
-        found = [data._changed(images, given, v, "cuda:0") for v, images in enumerate(found)]
+        found = decode._cropped(files, given, Views(24, crops, independent=True), Place(device="cuda:0"))
+        found = [decode._changed(images, given, v, "cuda:0") for v, images in enumerate(found)]
     assert [images.device for images in found] == ["gpu"] * crops
-    assert calls == [{"device": "mixed", "hw_decoder_load": 0.3, "jpeg_fancy_upsampling": True}]
+    assert calls == [{"device": "mixed", "hw_decoder_load": 0.65, "jpeg_fancy_upsampling": True}]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("load", [0.0, 1.0])
-def test_gpu_decodes_as_the_cpu(source: Mixture, load: float):
+def test_gpu_decodes_as_the_cpu(source: Mixture, monkeypatch: pytest.MonkeyPatch, load: float):
     """By CUDA and by the hardware engine: at most 2 levels, 0.2 on average, per image. Not yet run on a GPU."""
-    for cpu, gpu in zip(batches(source), batches(source, device="cuda:0", hw_decoder_load=load), strict=True):
+    monkeypatch.setattr(decode, "HW_DECODER_LOAD", load)
+    for cpu, gpu in zip(batches(source), batches(source, device="cuda:0"), strict=True):
         assert gpu.images.is_cuda and torch.equal(cpu.ids, gpu.ids)
         difference = (cpu.images.int() - gpu.images.cpu().int()).abs()
         assert difference.max() <= 2 and difference.float().mean(dim=(1, 2, 3)).max() <= 0.2
@@ -489,7 +493,7 @@ def test_gpu_changes_views_as_the_cpu(tmp_path: Path, independent: bool):
     for i in range(32):
         picture(i, 64, 64).save(tmp_path / f"{i}.png")
     source = opened(tmp_path)
-    options = {"independent_crops": independent, "last_step": 2, **TWO}
+    options = {"independent": independent, "last_step": 2, **TWO}
     for cpu, gpu in zip(batches(source, **options), batches(source, device="cuda:0", **options), strict=True):
         difference = (cpu.images.int() - gpu.images.cpu().int()).abs()
         assert difference.max() <= 4 and difference.float().mean() <= 0.2  # a level of the resize, times 1.4 x 1.4

@@ -13,12 +13,13 @@ from nvidia.dali import tensors
 
 from bad_images import png_chunk, png_header
 from cjepa_fast.errors import UserError
-from cjepa_fast.feed import batches as data
-from cjepa_fast.feed import manifest
-from cjepa_fast.feed.batches import BadImages, center_batches
-from cjepa_fast.feed.manifest import Mixture
-from cjepa_fast.feed.views import batch_ids, epoch_order
-from pictures import assert_same, batches, fifty, images_by_step, opened, over_ranks, packed, picture
+from cjepa_fast.feed import bad as bad_images
+from cjepa_fast.feed import batches as feed
+from cjepa_fast.feed import manifest, read
+from cjepa_fast.feed.bad import BadImages
+from cjepa_fast.feed.mixture import Mixture
+from cjepa_fast.feed.order import batch_ids, epoch_order
+from pictures import assert_same, batches, center, fifty, images_by_step, opened, over_ranks, packed, picture
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -63,7 +64,7 @@ def test_a_bad_image_is_named(tmp_path: Path, before, damage, says: str):
     source, victim = twelve(tmp_path, epoch_position=9, prepare=before)  # in step 2 of batches of four
     if damage is not None:
         damage(victim)
-    loader = batches(source, batch_size=4, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=False)
+    loader = batches(source, batch_size=4, crop_scale=(1.0, 1.0), hflip=False)
     assert [next(loader).step, next(loader).step] == [0, 1]
     with pytest.raises(UserError, match=says) as caught:
         next(loader)
@@ -150,11 +151,11 @@ def test_the_probe_shows_another_image_of_the_label(source: Mixture):
     assert source.labels is not None
     alike = np.flatnonzero(source.labels == source.labels[7])
     after = int(alike[list(alike).index(7) + 1])
-    (views,) = center_batches(source, np.array([7, 1]), image_size=24, batch_size=2, bad=BadImages(source, "skip", [7]))
-    (other,) = center_batches(source, np.array([after, 1]), image_size=24, batch_size=2)
+    (views,) = center(source, np.array([7, 1]), 24, 2, BadImages(source, "skip", [7]))
+    (other,) = center(source, np.array([after, 1]), 24, 2)
     assert torch.equal(views, other)
     last = int(alike[-1])
-    assert data._with_its_label(source, last, {last, int(alike[0])}) == alike[1]
+    assert feed._with_its_label(source, last, {last, int(alike[0])}) == alike[1]
 
 
 def test_storage_that_is_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -169,7 +170,7 @@ def test_storage_that_is_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.
         if len(slept) == 2:
             (tmp_path / "gone").rename(tmp_path / "data")
 
-    monkeypatch.setattr(data.time, "sleep", mount_again)
+    monkeypatch.setattr(bad_images.time, "sleep", mount_again)
     bad = BadImages(source, "skip")
     loader = batches(source, batch_size=4, bad=bad, prefetch=1)
     found = {}
@@ -206,7 +207,7 @@ def test_storage_that_goes_while_a_batch_is_read(tmp_path: Path, monkeypatch: py
         return found
 
     monkeypatch.setattr(source, "read_many", read)
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: move("gone", "data"))
+    monkeypatch.setattr(bad_images.time, "sleep", lambda seconds: move("gone", "data"))
     bad = BadImages(source, "skip")
     assert_same(sound, images_by_step(source, batch_size=4, bad=bad))
     assert not bad.ids and sizes[:4] == [2, 2, 2, 2] and (tmp_path / "data").exists()
@@ -256,15 +257,15 @@ def test_a_read_that_hangs_is_told_and_ends(
         return read_file(path, limit)
 
     monkeypatch.setattr(manifest, "read_file", hang)
-    monkeypatch.setattr(data, "_ALARM", 0.05)
-    monkeypatch.setattr(data, "_PATIENCE", 3)
+    monkeypatch.setattr(read, "ALARM_S", 0.05)
+    monkeypatch.setattr(read, "PATIENCE", 3)
     loader = batches(source, batch_size=4, prefetch=1)
     assert [next(loader).step, next(loader).step] == [0, 1]
     with pytest.raises(UserError, match=rf"no image for 0.15 s, reading {tmp_path}/.*: go on with --resume when"):
         next(loader)
     back.set()
     assert "no image for 0.1 s" in caplog.text
-    monkeypatch.setattr(data, "_PATIENCE", 1000)
+    monkeypatch.setattr(read, "PATIENCE", 1000)
     back.clear()
     threading.Timer(0.3, back.set).start()
     waits = {batch.step: batch.wait_ms for batch in batches(source, batch_size=4, prefetch=1)}

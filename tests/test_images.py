@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bad_images import CASES, SOUND, Case, encode, jpeg, jpeg_frame, png_bomb, png_header, tree
-from cjepa_fast.feed import index
 from cjepa_fast.feed.images import FORMATS, REASONS, BadImage, inspect, inspect_header
+from cjepa_fast.feed.scan import Mode, inspect_files
 from indexing import build
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def matches(found: tuple, expected: tuple) -> bool:
 
 @pytest.mark.parametrize("mode", ["quick", "thorough"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_kind_of_image(data: Path, case: Case, mode: index.Mode):
+def test_every_kind_of_image(data: Path, case: Case, mode: Mode):
     (data / case.file).write_bytes(case.content)
     (data / "zz.jpg").write_bytes(SOUND)
     before = tree(data)
@@ -167,7 +167,7 @@ def test_the_thorough_mode_is_fast(data: Path):
         (data / f"{i}.jpg").write_bytes(content)
     task = (str(data), [""] * 300, [f"{i}.jpg" for i in range(300)])
     start = time.process_time()
-    entries, faults = index.inspect_files(task, mode="thorough", max_pixels=10**6)
+    entries, faults = inspect_files(task, mode="thorough", max_pixels=10**6)
     rate = 300 / (time.process_time() - start)
     assert not faults and (entries["width"] == 500).all() and rate > 1500, rate
 

@@ -19,11 +19,13 @@ import pytest
 
 from bad_images import CASES, SOUND, jpeg, tree
 from cjepa_fast.errors import UserError
-from cjepa_fast.feed import index
+from cjepa_fast.feed import index, scan
 from cjepa_fast.feed.images import FORMATS, REASONS
 from cjepa_fast.feed.index import cached_manifest, open_sources
+from cjepa_fast.feed.listing import Rejected
 from cjepa_fast.feed.manifest import SampleError
-from cjepa_fast.feed.sources import Rejected, find_source
+from cjepa_fast.feed.order import epoch_visits
+from cjepa_fast.feed.sources import find_source
 from cjepa_fast.index import main
 from indexing import PAIR, build, tar
 
@@ -269,8 +271,12 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, cache: Path):
     )
     code = f"""
 import os, sys
+from cjepa_fast.config import DataConfig
 from cjepa_fast.feed.batches import Batches
+from cjepa_fast.feed.decode import Place
 from cjepa_fast.feed.index import open_sources
+from cjepa_fast.feed.order import Order
+from cjepa_fast.feed.views import Views
 from cjepa_fast.index import main
 import torch, nvidia.dali.fn, nvidia.dali.pipeline
 changed = set()
@@ -282,9 +288,8 @@ def hook(event, args):
 sys.addaudithook(hook)
 roots = [{str(data)!r}, {str(tmp_path / "s.tar")!r}]
 assert main([*roots, "--processes", "1"]) == 0
-options = dict(batch_size=4, image_size=16, seed=0, crop_scale=(0.3, 1.0), crop_ratio=(0.75, 1.3))
 source = open_sources(roots)
-for batch in Batches(source, last_step=2, **options):
+for batch in Batches(source, DataConfig(), Views(16), Order(0, 4, last_step=2), Place()):
     pass
 print(*(os.path.abspath(path) for path in changed if isinstance(path, (str, os.PathLike))), sep="\\n")
 """
@@ -420,7 +425,7 @@ def test_roots_are_mixed(tmp_path: Path):
     assert mixture.source_of(np.arange(7)).tolist() == [0] * 4 + [1] * 3
     assert [mixture.name(i) for i in (3, 4)] == [str(tmp_path / "a" / "3.jpg"), str(tmp_path / "b" / "0.jpg")]
     assert mixture.read(5, verify=True) == jpeg(1, 13, 21) and mixture.fault(5) is None
-    ids, repeats = mixture.epoch(seed=1, epoch=0)
+    ids, repeats = epoch_visits([4, 3], mixture.weights, seed=1, epoch=0)
     assert len(ids) == 8 and (ids >= 4).sum() == 6 and repeats.max() == 1
     (tmp_path / "b" / "2.jpg").write_bytes(b"")
     with pytest.raises(SampleError) as caught:
@@ -513,7 +518,7 @@ def test_a_manifest_is_a_root(tmp_path: Path):
     with pytest.raises(UserError, match=r"mine.index: .*data changed since it was indexed; index the images again"):
         open_sources([str(out)])
     out.write_bytes(out.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"mine.index: is damaged; index the images again"):
+    with pytest.raises(UserError, match=r"mine.index: the index file is damaged; index the images again"):
         open_sources([str(out)])
 
 
@@ -525,6 +530,7 @@ def test_a_manifest_is_a_root(tmp_path: Path):
             "{tmp}/notes.txt: exists and is not a manifest; give --out another name",
         ),
         (["{data}", "--out", "{data}/m"], "{data}/m: lies in the folder that is indexed"),
+        (["{data}", "--out", "{data}/sub/m"], "{data}/sub/m: lies in the folder that is indexed"),
         (["{data}", "--report", "{data}/r"], "{data}/r: lies in the folder that is indexed"),
         (["{data}", "{data}", "--out", "{tmp}/m"], "--out and --report: take one DATA, got several"),
         (["{data}", "--out", "/proc/nowhere/m"], "/proc/nowhere/m"),
@@ -533,6 +539,7 @@ def test_a_manifest_is_a_root(tmp_path: Path):
     ],
 )
 def test_bad_arguments(tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "data" / "sub").mkdir()
     (tmp_path / "data" / "a.jpg").write_bytes(SOUND)
     (tmp_path / "notes.txt").write_text("mine")
     before = tree(tmp_path)
@@ -566,7 +573,7 @@ def test_a_killed_worker_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "data" / "a.jpg").write_bytes(SOUND)
-    monkeypatch.setattr(index, "inspect_files", die)
+    monkeypatch.setattr(scan, "inspect_files", die)
     assert main([str(tmp_path / "data"), "--processes", "2"]) == 2
     assert "a process that read it was killed, perhaps for memory; lower --processes" in capsys.readouterr().err
 
@@ -580,13 +587,14 @@ def test_a_killed_command_keeps_nobody_waiting(tmp_path: Path):
     script = """
 import os, sys, time
 from pathlib import Path
-from cjepa_fast.feed.index import _locked; from cjepa_fast.index import _workers
-with _locked(Path(sys.argv[1])), _workers(2) as pool:
+from cjepa_fast.cache import locked
+from cjepa_fast.index import workers
+with locked(Path(sys.argv[1])), workers(2) as pool:
     pool.submit(os.getpid).result()
     print("indexing", flush=True)
     time.sleep(60)
 """
-    command = subprocess.Popen([sys.executable, "-c", script, tmp_path / "manifest"], stdout=subprocess.PIPE)
+    command = subprocess.Popen([sys.executable, "-c", script, tmp_path / "lock"], stdout=subprocess.PIPE)
     assert command.stdout is not None and command.stdout.readline() == b"indexing\n"
     command.kill()
     command.communicate(timeout=10)  # ends when no worker holds the pipe

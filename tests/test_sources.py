@@ -1,4 +1,4 @@
-"""Sources and shards: what a root is taken for, tars against tarfile, lists, parquet files, and how roots are mixed."""
+"""Sources, listings and shards: weights and patterns, tars against tarfile, lists, parquet files."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import io
 import json
 import os
 import pickle
-import struct
 import sys
 import tarfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,8 @@ from hypothesis import strategies as st
 
 from bad_images import jpeg
 from cjepa_fast.errors import UserError
-from cjepa_fast.feed import sources
-from cjepa_fast.feed.shards import Member, ShardFault, list_tar, tar_members
-from cjepa_fast.feed.sources import epoch_visits, expand_pattern, find_source, parse_root, printable
+from cjepa_fast.feed.shards import Member, ShardFault, list_shard, tar_members
+from cjepa_fast.feed.sources import expand_pattern, find_source, parse_root, printable
 from indexing import build
 
 IMAGE = jpeg()
@@ -56,54 +53,6 @@ def test_a_path_that_exists_is_no_weight(tmp_path: Path):
     (tmp_path / "lr=2").mkdir()
     assert parse_root(str(tmp_path / "lr=2")) == (str(tmp_path / "lr=2"), 1.0)
     assert parse_root(f"{tmp_path}/lr=2=3") == (str(tmp_path / "lr=2"), 3.0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    parts=st.lists(
-        st.tuples(st.integers(1, 40), st.sampled_from([1.0, 2.0, 0.5, 0.3, 2.7, 1.01])), min_size=1, max_size=3
-    ),
-    seed=st.integers(0, 2**64 - 1),
-    epochs=st.integers(1, 8),
-)  # fmt: skip
-def test_visits_are_what_the_weights_say(parts: list[tuple[int, float]], seed: int, epochs: int):
-    counts, weights = [n for n, _ in parts], [w for _, w in parts]
-    total: Counter[int] = Counter()
-    for epoch in range(epochs):
-        ids, repeats = epoch_visits(counts, weights, seed=seed, epoch=epoch)
-        assert ids.dtype == np.int64 and (np.diff(ids) >= 0).all()
-        start = 0
-        for n, w in parts:
-            visits = np.bincount(ids[(ids >= start) & (ids < start + n)] - start, minlength=n)
-            assert visits.sum() == round(w * n)
-            assert visits.min() >= round(w * n) // n and visits.max() <= round(w * n) // n + 2
-            start += n
-        for i in set(ids.tolist()):
-            assert repeats[ids == i].tolist() == list(range((ids == i).sum()))
-        total.update(ids.tolist())
-    start = 0
-    for n, w in parts:  # over the epochs, every sample equally often to within one
-        visits = [total[start + i] for i in range(n)]
-        assert max(visits) - min(visits) <= 1 and sum(visits) == epochs * round(w * n)
-        start += n
-
-
-def test_weight_one_is_every_image_once():
-    ids, repeats = epoch_visits([5, 3], [1.0, 1.0], seed=9, epoch=4)
-    assert ids.tolist() == list(range(8)) and not repeats.any()
-
-
-def test_visits_are_pinned_and_depend_on_seed_epoch_and_source():
-    """These numbers may never change: a checkpoint stores the step and relies on them."""
-
-    def visits(seed: int, epoch: int) -> list[int]:
-        return epoch_visits([12, 12], [0.5, 0.5], seed=seed, epoch=epoch)[0].tolist()
-
-    assert visits(1, 0) == [0, 1, 3, 4, 7, 8, 12, 15, 16, 17, 18, 22]
-    assert sorted(visits(1, 0) + visits(1, 1)) == list(range(24))
-    assert visits(1, 2) != visits(1, 0) != visits(2, 0)
-    first = visits(2**40, 0)
-    assert [i for i in first if i < 12] != [i - 12 for i in first if i >= 12]
 
 
 # --- patterns and names
@@ -254,7 +203,7 @@ def test_members_are_grouped_as_webdataset_does(tmp_path: Path):
         ("3.txt", b"a caption"), ("3.thumb.webp", other), ("._3.jpg", b""), ("dir/", b""),
         ("4.jpg", IMAGE), ("1.cls", b"99"), ("4.cls", b" -1\n"), ("3.cls", b"8"),  # parts may lie apart
     ))  # fmt: skip
-    listing = list_tar(str(tmp_path), "s.tar")
+    listing = list_shard("tar", str(tmp_path), "s.tar")
     assert listing.name == ["x/1.jpg", "a.b/2.PNG", "3.thumb.webp", "4.jpg"]
     assert listing.label == [5, 6, 8, -1] and listing.containers == ["s.tar"]
     assert [(r.member, r.reason) for r in listing.rejected] == [("1", "no image"), ("dir", "no image")][:1]
@@ -445,9 +394,3 @@ def test_unsupported_tar_flavours(tmp_path: Path):
     info.size, info.type = len(record), tarfile.XHDTYPE
     content = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0") + tar(("a.jpg", IMAGE))
     assert members(content, tmp_path) == ([], "holds sparse members; pack it without --sparse")
-
-
-def test_constants_of_the_stream():
-    """The counter words of the draws: this one may not collide with those of order, crops and flips."""
-    taken = {struct.unpack("<I", tag)[0] for tag in (b"ordr", b"crop", b"flip")}
-    assert sources._VISITS not in taken and sources._VISITS > 2**30

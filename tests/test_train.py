@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from cjepa_fast.config import schema as config
 from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.engine.step import forward_backward
-from cjepa_fast.feed.views import epoch_order
+from cjepa_fast.feed.order import epoch_order
 from cjepa_fast.masks import Masks
 from cjepa_fast.ops import _choice
 from cjepa_fast.run import checkpoint
@@ -530,7 +530,7 @@ def test_roots_are_mixed_and_resume_knows_them(
     (out / "index" / "1").write_bytes(kept[:-9])
     assert main(["--resume", str(out)]) == 2
     assert (
-        f"{out / 'index' / '1'}: the run's index of {images / 'cat'}: is damaged; restore it" in capsys.readouterr().err
+        f"{out / 'index' / '1'}: the run's index of {images / 'cat'} is damaged; restore it" in capsys.readouterr().err
     )
     (out / "index" / "1").write_bytes(kept)
     shards.rename(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""What is shown when: order, crops, flips and photometric draws."""
+"""Views: crops, flips and photometric changes."""
 
 from __future__ import annotations
 
@@ -6,66 +6,21 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from cjepa_fast.errors import UserError
+from cjepa_fast.config import DataConfig
 from cjepa_fast.feed import views
-from cjepa_fast.feed.manifest import Mixture
-from cjepa_fast.feed.views import Photometric, batch_ids, crop_windows, epoch_order, flip_flags
-from pictures import RATIO, SCALE, batches, fifty, opened, picture
+from cjepa_fast.feed.mixture import Mixture
+from cjepa_fast.feed.order import PHOTO, Visits, draw
+from cjepa_fast.feed.views import AUGMENTS, Photometric, Views, crop_windows, draw_views, flip_flags, photometric
+from pictures import RATIO, SCALE, batches, opened, picture
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-@pytest.fixture(scope="module")
-def source(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    return fifty(tmp_path_factory.mktemp("images"))
-
-
-# --- order
-
-
-def test_epoch_order_is_pinned():
-    """These numbers may never change: a checkpoint stores the step and relies on them."""
-    assert epoch_order(10, seed=1, epoch=0).tolist() == [8, 7, 1, 6, 4, 3, 5, 2, 9, 0]
-    assert epoch_order(10, seed=1, epoch=1).tolist() == [8, 0, 3, 9, 5, 6, 4, 1, 2, 7]
-    assert epoch_order(10, seed=2**40 + 1, epoch=0).tolist() == [7, 3, 2, 9, 8, 1, 5, 4, 6, 0]
-
-
-@pytest.mark.parametrize("n", [1, 2, 9, 1000])
-def test_epoch_order_is_a_permutation(n: int):
-    assert (np.sort(epoch_order(n, seed=5, epoch=2)) == np.arange(n)).all()
-
-
-def test_epoch_order_is_uniform():
-    """Every image is equally often at every place: chi-square over 5 x 5 with 16 degrees of freedom."""
-    rounds = 4000
-    counts = np.zeros((5, 5))
-    for epoch in range(rounds):
-        counts[np.arange(5), epoch_order(5, seed=0, epoch=epoch)] += 1
-    assert ((counts - rounds / 5) ** 2 / (rounds / 5)).sum() < 39.3  # exceeded once in a thousand seeds
-
-
-def test_batches_walk_the_epoch_order(source: Mixture):
-    n, size = 50, 16
-    for epoch in range(3):
-        taken = [batch_ids(source, seed=9, step=3 * epoch + i, batch_size=size) for i in range(3)]
-        assert [e for e, _, _ in taken] == [epoch] * 3 and not any(repeats.any() for _, _, repeats in taken)
-        ids = np.concatenate([ids for _, ids, _ in taken])
-        assert len(set(ids)) == 48 and (ids == epoch_order(n, seed=9, epoch=epoch)[:48]).all()
-    dropped = [set(epoch_order(n, seed=9, epoch=epoch)[48:]) for epoch in range(3)]
-    assert dropped[0] != dropped[1] != dropped[2]
-
-
-def test_batch_sizes_that_do_not_fit(source: Mixture):
-    with pytest.raises(UserError, match=r"batch_size=51 .* 50 images of an epoch; lower"):
-        batches(source, batch_size=51)
-    with pytest.raises(UserError, match=r"batch_size=15 .* 2 ranks"):
-        batches(source, batch_size=15, world_size=2)
 
 
 # --- crops
@@ -87,9 +42,9 @@ def slow_window(height: int, width: int, scale, ratio, rng: random.Random) -> tu
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def windows_of(n: int, height: int, width: int, scale=SCALE, ratio=RATIO, **changes) -> np.ndarray:
+def windows_of(n: int, height: int, width: int, scale=SCALE, seed: int = 1, epoch: int = 0) -> np.ndarray:
     sizes = np.tile(np.array([height, width], dtype=np.int32), (n, 1))
-    return crop_windows(np.arange(n), sizes, **({"seed": 1, "epoch": 0, "scale": scale, "ratio": ratio} | changes))
+    return crop_windows(Visits(np.arange(n), seed, epoch), sizes, scale)
 
 
 def test_crop_windows_are_pinned():
@@ -142,7 +97,10 @@ def test_crops_depend_on_seed_epoch_and_id_alone():
     base = windows_of(100, 300, 400)
     picked = np.array([70, 3, 3, 41])
     sizes = np.tile(np.array([300, 400], dtype=np.int32), (4, 1))
-    assert (crop_windows(picked, sizes, seed=1, epoch=0, scale=SCALE, ratio=RATIO) == base[picked]).all()
+    assert (crop_windows(Visits(picked, 1, 0), sizes, SCALE) == base[picked]).all()
+    epochs = crop_windows(Visits(picked, 1, np.array([0, 1, 0, 1])), sizes, SCALE)
+    assert (epochs[::2] == base[picked[::2]]).all()
+    assert (epochs[1::2] == windows_of(100, 300, 400, epoch=1)[picked[1::2]]).all()
     assert (windows_of(100, 300, 400, seed=2) != base).any(axis=1).mean() > 0.95
     assert (windows_of(100, 300, 400, epoch=1) != base).any(axis=1).mean() > 0.95
     assert len(np.unique(base, axis=0)) > 95
@@ -152,19 +110,19 @@ def test_a_second_visit_is_drawn_anew():
     """And the first one as if there were no other."""
     ids = np.arange(200)
     sizes = np.tile(np.array([300, 400], dtype=np.int32), (200, 1))
-    options = {"seed": 1, "epoch": 0, "scale": SCALE, "ratio": RATIO}
-    windows = [crop_windows(ids, sizes, repeats=r, **options) for r in (np.zeros(200, int), np.arange(200) % 2, 2**23)]
-    assert (windows[0] == crop_windows(ids, sizes, **options)).all()
+    visits = [Visits(ids, 1, 0, repeats) for repeats in (np.zeros(200, int), np.arange(200) % 2, 2**23)]
+    windows = [crop_windows(each, sizes, SCALE) for each in visits]
+    assert (windows[0] == crop_windows(Visits(ids, 1, 0), sizes, SCALE)).all()
     assert (windows[1][::2] == windows[0][::2]).all()
-    flips = [flip_flags(ids, seed=1, epoch=0, repeats=r) for r in (0, 1, 2**23)]
-    assert (flips[0] == flip_flags(ids, seed=1, epoch=0)).all()
+    flips = [flip_flags(Visits(ids, 1, 0, repeats)) for repeats in (0, 1, 2**23)]
+    assert (flips[0] == flip_flags(Visits(ids, 1, 0))).all()
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert (windows[i][1::2] != windows[j][1::2]).any(axis=1).mean() > 0.95
         assert 60 < (flips[i] != flips[j]).sum() < 140
 
 
 def test_half_of_the_images_are_flipped():
-    flags = [flip_flags(np.arange(4000), seed=0, epoch=epoch) for epoch in (0, 1)]
+    flags = [flip_flags(Visits(np.arange(4000), 0, epoch)) for epoch in (0, 1)]
     assert all(abs(f.mean() - 0.5) < 4 / math.sqrt(4 * 4000) for f in flags)
     assert abs((flags[0] == flags[1]).mean() - 0.5) < 4 / math.sqrt(4 * 4000)
 
@@ -174,13 +132,37 @@ def test_half_of_the_images_are_flipped():
 BYOL = Photometric(  # the asymmetric recipe, with solarise
     color_jitter=(0.4, 0.4, 0.2, 0.1), grayscale_p=0.2, blur_p=(1.0, 0.1), solarize_p=(0.0, 0.2)
 )
-PLACE = {"seed": 1, "epoch": 0, "view": 1}
+
+
+def visits(n: int) -> Visits:
+    return Visits(np.arange(n), 1, epoch=0)
+
+
+def test_the_recipes_of_augment():
+    assert {
+        "none": Photometric(),
+        "color": Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=0.8, grayscale_p=0.2),
+        "byol": BYOL,
+    } == AUGMENTS
+
+
+@pytest.mark.parametrize("augment", ["none", "color", "byol"])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 5.0])
+def test_strength_scales_the_jitter(augment: str, strength: float):
+    """And nothing else; without jitter, greyscale is left."""
+    data, sizes = DataConfig(augment=augment, augment_strength=strength), np.full((9, 2), 30)
+    drawn = draw_views(data, photometric(data), Views(24, 2), visits(9), sizes)
+    jitter = tuple(strength * x for x in AUGMENTS[augment].color_jitter)
+    for view in range(2):
+        for name, value in replace(AUGMENTS[augment], color_jitter=jitter).draw(visits(9), view).items():
+            assert (drawn.pop(f"{name} {view}") == value).all()
+    assert set(drawn) == {"anchor 0", "shape 0"}
 
 
 def test_photometric_draws_are_pinned():
     """These numbers may never change either."""
     drawn = Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=1, blur_p=(1.0,), solarize_p=(0.5,)).draw(
-        np.arange(2), **PLACE
+        visits(2), view=1
     )
     expected = {
         "color": [
@@ -196,34 +178,39 @@ def test_photometric_draws_are_pinned():
 
 
 def test_photometric_draws_depend_on_seed_epoch_id_visit_and_view_alone():
-    base = BYOL.draw(np.arange(300), **PLACE)
+    ids = np.arange(300)
+    base = BYOL.draw(visits(300), view=1)
     assert set(base) == {"color", "lift", "sigma", "window", "unsolarized"}
     picked = np.array([70, 3, 3, 41])
-    for name, value in BYOL.draw(picked, **PLACE).items():
+    for name, value in BYOL.draw(Visits(picked, 1, 0), view=1).items():
         assert (value == base[name][picked]).all(), name
-    for change in ({"seed": 2}, {"epoch": 1}, {"repeats": 1}, {"view": 0}):
-        other = BYOL.draw(np.arange(300), **(PLACE | change))
-        assert (other["color"] != base["color"]).any(axis=(1, 2)).mean() > 0.8, change
-        assert (other["sigma"] != base["sigma"]).mean() > 0.99, change
-    whole = crop_windows(np.arange(300), np.full((300, 2), 99), seed=1, epoch=0, scale=SCALE, ratio=RATIO, view=1)
-    first = crop_windows(np.arange(300), np.full((300, 2), 99), seed=1, epoch=0, scale=SCALE, ratio=RATIO)
-    assert (whole != first).any(axis=1).mean() > 0.95
-    flips = [flip_flags(np.arange(300), seed=1, epoch=0, view=view) for view in (0, 1)]
+    for others, view in ((Visits(ids, 2, 0), 1), (Visits(ids, 1, 1), 1), (Visits(ids, 1, 0, 1), 1), (visits(300), 0)):
+        other = BYOL.draw(others, view)
+        assert (other["color"] != base["color"]).any(axis=(1, 2)).mean() > 0.8, (others, view)
+        assert (other["sigma"] != base["sigma"]).mean() > 0.99, (others, view)
+    first, second = (crop_windows(visits(300), np.full((300, 2), 99), SCALE, view) for view in (0, 1))
+    assert (second != first).any(axis=1).mean() > 0.95
+    flips = [flip_flags(visits(300), view) for view in (0, 1)]
     assert 110 < (flips[0] != flips[1]).sum() < 190
 
 
 def test_what_cannot_happen_is_not_drawn():
-    assert Photometric().draw(np.arange(4), **PLACE) == {}
-    assert set(BYOL.draw(np.arange(4), seed=1, epoch=0, view=0)) == {"color", "lift", "sigma", "window"}
-    assert set(Photometric(color_jitter=(0.4, 0, 0, 0), color_jitter_p=0).draw(np.arange(4), **PLACE)) == set()
-    assert set(Photometric(grayscale_p=0.1).draw(np.arange(4), **PLACE)) == {"color", "lift"}
-    assert set(Photometric(solarize_p=(0.5,)).draw(np.arange(4), **PLACE)) == {"unsolarized"}
+    assert Photometric().draw(visits(4), view=1) == {}
+    assert set(BYOL.draw(visits(4), view=0)) == {"color", "lift", "sigma", "window"}
+    assert set(Photometric(color_jitter=(0.4, 0, 0, 0), color_jitter_p=0).draw(visits(4), view=1)) == set()
+    assert set(Photometric(grayscale_p=0.1).draw(visits(4), view=1)) == {"color", "lift"}
+    assert set(Photometric(solarize_p=(0.5,)).draw(visits(4), view=1)) == {"unsolarized"}
+
+
+def test_views_beyond_the_last_probability_share_it():
+    second, third = (BYOL.draw(visits(2000), view) for view in (1, 2))
+    assert set(second) == set(third) and abs((third["window"] > 1).mean() - 0.1) < 0.03
 
 
 def test_photometric_shares_and_ranges():
     """Each within four standard deviations; the factors are read back from the matrices."""
     n = 20000
-    drawn = BYOL.draw(np.arange(n), **PLACE)
+    drawn = BYOL.draw(visits(n), view=1)
     color, lift = drawn["color"].astype(float), drawn["lift"].astype(float)
 
     def share(of: np.ndarray, p: float) -> bool:
@@ -259,7 +246,7 @@ def test_photometric_shares_and_ranges():
 # --- photometric pixels, against Pillow's (torchvision's) operations and NumPy
 
 SIDE = 64
-WHOLE = {"image_size": SIDE, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "hflip": False, "last_step": 1}
+WHOLE = {"image_size": SIDE, "crop_scale": (1.0, 1.0), "hflip": False, "last_step": 1}
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +259,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     return opened(root)
 
 
-def pixels(source: Mixture, photometric: Photometric | None) -> tuple[np.ndarray, np.ndarray]:
-    (batch,) = batches(source, batch_size=24, photometric=photometric, **WHOLE)
+def pixels(source: Mixture, changes: Photometric | None) -> tuple[np.ndarray, np.ndarray]:
+    (batch,) = batches(source, batch_size=24, photometric=changes, **WHOLE)
     return batch.ids.numpy(), batch.images.numpy()
 
 
@@ -287,7 +274,7 @@ def distance(source: Mixture, photometric: Photometric, oracle: Callable[[Image.
 
 
 def uniforms(ids: np.ndarray) -> np.ndarray:
-    words = [views._draw(ids, block, seed=3, epoch=0, stream=views._PHOTO) for block in range(3)]
+    words = [draw(Visits(ids, 3, 0), PHOTO, block) for block in range(3)]
     return ((np.concatenate(words, axis=1) + 0.5) / 2**32).T
 
 

@@ -120,8 +120,9 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     low, high = data.crop_scale
     yield "data.crop_scale", 0 < low <= high <= 1, "is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1"
     yield _at_least(config, "data.max_pixels", 1)
-    yield "data.augment_strength", 0 <= data.augment_strength <= 5, "is out of range; use 0 to 5"
-    fault = f"blurs up to 6 pixels far, more than a crop of {config.model.image_size}; use color"
+    fault = "is out of range; use 0 to 5, where hue turns by up to half the circle"
+    yield "data.augment_strength", 0 <= data.augment_strength <= 5, fault
+    fault = f"blurs over 6 pixels, farther than the {config.model.image_size} pixels of a crop; use color"
     yield "data.augment", data.augment != "byol" or config.model.image_size > 6, fault
     fault = "needs augmented views; use color or byol"
     yield "data.augment", data.augment != "none" or config.method != "vicreg", fault

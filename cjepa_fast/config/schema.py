@@ -157,9 +157,9 @@ class DataConfig:
     hflip: bool = False
     """Flip half of the images left to right; the published recipes do not."""
     augment: Literal["none", "color", "byol"] = "none"
-    """Colour changes: none; color: jitter and grey (SimCLR's recipe for CIFAR); byol: also blur and solarise."""
+    """Colours of each view. color: jitter and grey, as SimCLR on CIFAR-10; byol: blur and solarise too, as BYOL."""
     augment_strength: float = 1.0
-    """Factor of the jitter's strength; 1 is BYOL's 0.4 0.4 0.2 0.1."""
+    """Factor of the jitter 0.4 0.4 0.2 0.1 of brightness, contrast, saturation (as shares) and hue (in turns)."""
     mean: RGB = (0.485, 0.456, 0.406)
     """Channel means subtracted from pixels in 0..1 (ImageNet)."""
     std: RGB = (0.229, 0.224, 0.225)

@@ -14,9 +14,9 @@ from cjepa_fast.errors import UserError
 from cjepa_fast.evaluation.health import knn_accuracy
 from cjepa_fast.feed.bad import BadImages
 from cjepa_fast.feed.batches import center_batches
-from cjepa_fast.feed.manifest import Mixture
+from cjepa_fast.feed.decode import Place
+from cjepa_fast.feed.mixture import Mixture
 from cjepa_fast.feed.order import epoch_order
-from cjepa_fast.feed.read import Place
 from cjepa_fast.feed.sources import printable
 
 NEIGHBOURS = 20
@@ -75,10 +75,7 @@ class Probe:
         # All ranks must call a sharded encoder equally often, so the first images repeat where they do not divide.
         share = -(-len(ids) // world_size())
         mine = np.resize(ids, share * world_size())[self._place.rank * share : (self._place.rank + 1) * share]
-        views = center_batches(
-            source, mine, image_size=self._image_size, batch_size=self._batch_size, place=self._place,
-            bad=self._bad[source],
-        )  # fmt: skip
+        views = center_batches(source, mine, self._image_size, self._batch_size, self._place, self._bad[source])
         features = torch.cat([encoder(view).float().mean(dim=1) for view in views])
         assert source.labels is not None
         labels = torch.from_numpy(source.labels[ids]).to(features.device)

@@ -1,29 +1,30 @@
-"""What one encoded image holds: its format, its size as DALI will show it, and whether all its bytes are there.
+"""Checks of one encoded image: its format, its size as DALI shows it, and whether all of its bytes are there.
 
-Reads headers and containers only, never pixels, so neither a decompression bomb nor a hostile file costs more than
-its bytes. What is accepted is what DALI decodes (tests compare the two); what it decodes to garbage is refused too.
+JPEG, PNG and WebP are read by hand, without decoding a pixel: these checks see damage that Pillow lets pass, at a tenth
+of its cost. BMP, PNM and TIFF go through Pillow. Accepted is only what DALI decodes correctly (tests compare the two).
 
-Sources: JPEG ITU-T T.81 B.2; Exif 3.0, 4.6; PNG 3rd edition (W3C); WebP RFC 9649; TIFF 6.0; BMP and Netpbm as their
-makers document them.
+Sources: JPEG ITU-T T.81 B.2; Exif 3.0, 4.6; PNG 3rd edition (W3C); WebP RFC 9649.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import struct
 import zlib
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 FORMATS = ("JPEG", "PNG", "WebP", "BMP", "PNM", "TIFF")
-# The endings of file and member names taken for images; what a file then holds is read from its first bytes.
+# Endings of file and member names that are taken for images. The format follows from the first bytes, not the ending.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 MAX_PIXELS = 178_956_970  # Pillow's limit of a decompression bomb: 512 MiB of RGB
-MAX_BYTES = 2**27  # of one encoded image; bounds the memory of whoever reads it
+MAX_BYTES = 2**27  # of one encoded image; bounds the memory of a reader
 
 _JPEG, _PNG, _WEBP, _BMP, _PNM, _TIFF = range(len(FORMATS))
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _FOREIGN = {  # formats worth a name in the message
     b"GIF8": "a GIF, which DALI does not decode",
     b"\0\0\0\x0cjP": "a JPEG 2000, which is not read",
@@ -37,25 +38,7 @@ _FOREIGN = {  # formats worth a name in the message
     b"8BPS": "a Photoshop document",
 }
 _HOLE = bytes(4096)  # a disk block or page never written
-_MAX_SEGMENTS = 10_000  # JPEG and PNG have some dozens; keeps a hostile file from costing minutes
-
-
-class Header(NamedTuple):
-    """`format` is a position in FORMATS; `width` and `height` are in pixels after the EXIF orientation."""
-
-    format: int
-    width: int
-    height: int
-
-
-class BadImage(Exception):
-    """The image cannot be used: `reason` is one of REASONS, `detail` a sentence without the file's name."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        assert reason in REASONS, reason
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
+_MAX_SEGMENTS = 10_000  # JPEG and PNG have some dozens; more would let a hostile file cost minutes
 
 REASONS = (
     "empty", "not an image", "unsupported", "no pixels", "too many pixels", "too many bytes", "truncated", "damaged",
@@ -63,25 +46,45 @@ REASONS = (
 )  # fmt: skip
 
 
-def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS, thorough: bool = True) -> Header:
-    """The header of a whole encoded image; if `thorough`, one whose container is complete.
+class Header(NamedTuple):
+    """Format (a position in FORMATS), width and height (in pixels after the EXIF orientation) of an image."""
 
-    Sees a file that ends early anywhere, bytes missing or overwritten with zeros (from 4,096 on) or noise in a JPEG's
-    compressed data, and any changed byte in a PNG. Does not see a few changed bytes in other formats, zeros in a JPEG
-    whose own tables read them as flat colour, nor a JPEG cut short and closed again by an end marker, unless its pixels
-    could not fit into what is left.
+    format: int
+    width: int
+    height: int
+
+
+class BadImage(Exception):
+    """An image that cannot be used: `reason` is one of REASONS, `detail` a sentence without the file's name."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class _Short(Exception):
+    """The given bytes end too early; an argument is the BadImage to raise if the image has no more."""
+
+
+def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS, thorough: bool = True) -> Header:
+    """Return the header of a whole encoded image; if `thorough`, only of an undamaged one.
+
+    Sees a file that ends early anywhere, 4,096 and more bytes of zeros or noise in a JPEG's compressed data, and any
+    changed byte of a PNG. Does not see a few changed bytes in other formats. Does not see zeros that a JPEG's own
+    tables read as flat colour, nor a JPEG cut short and closed again while its pixels could fit into the rest.
 
     Raises:
-        BadImage: with the reason.
+        BadImage: the image cannot be used.
     """
-    return _parse(data, len(data), max_pixels, thorough=thorough)
+    return _parse(data, len(data), max_pixels, thorough)
 
 
 def inspect_header(start: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> Header | None:
-    """The header of an image of `size` bytes from its first ones, None if these do not reach far enough.
+    """Return the header of an image of `size` bytes from its first bytes, or None if these do not reach far enough.
 
     Raises:
-        BadImage: with the reason; a missing end is not noticed.
+        BadImage: the header shows that the image cannot be used; a missing end is not noticed.
     """
     try:
         return _parse(start, size, max_pixels, thorough=False)
@@ -90,38 +93,37 @@ def inspect_header(start: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> 
 
 
 def check_bytes(size: int) -> None:
-    """Raises BadImage for an encoded image of `size` bytes that need not be read."""
+    """Raise BadImage for an encoded image of `size` bytes that need not be read."""
     if size == 0:
         raise BadImage("empty", "0 bytes")
     if size > MAX_BYTES:
         raise BadImage("too many bytes", f"{size:,} bytes, over the limit of {MAX_BYTES:,}")
 
 
-class _Short(Exception):
-    """The bytes end before what is looked for."""
-
-
-def _parse(data: bytes, size: int, max_pixels: int, *, thorough: bool) -> Header:
-    check_bytes(size)
-    try:
-        for magic, parse in _PARSERS.items():
-            if data.startswith(magic):
-                return parse(data, max_pixels, thorough)
-    except _Short:
-        if len(data) < size:
-            raise
-        raise BadImage("truncated", f"ends after {size:,} bytes, inside its header") from None
-    raise no_image(data)
-
-
 def no_image(data: bytes) -> BadImage:
-    """What is wrong with bytes that start with none of `STARTS`."""
+    """Return the fault of bytes that start with none of `STARTS`."""
     for magic, what in _FOREIGN.items():
         if data.startswith(magic):
             return BadImage("unsupported", f"is {what}")
     if data[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic", b"ftypmif1", b"ftypheix"):
         return BadImage("unsupported", "is an AVIF or HEIC, which DALI does not decode")
     return BadImage("not an image", f"starts with {data[:8]!r}, not as a JPEG, PNG, WebP, BMP, PNM or TIFF does")
+
+
+def _parse(data: bytes, size: int, max_pixels: int, thorough: bool) -> Header:
+    check_bytes(size)
+    if len(data) < size and data.startswith((b"II", b"MM")):
+        raise _Short  # the header of a TIFF may lie at its end
+    try:
+        for magic, parse in _PARSERS.items():
+            if data.startswith(magic):
+                return parse(data, max_pixels, thorough)
+    except _Short as short:
+        if len(data) < size:
+            raise
+        fault = BadImage("truncated", f"ends after {size:,} bytes, inside its header")
+        raise short.args[0] if short.args else fault from None
+    raise no_image(data)
 
 
 def _header(form: int, width: int, height: int, max_pixels: int, orientation: int = 1) -> Header:
@@ -131,7 +133,7 @@ def _header(form: int, width: int, height: int, max_pixels: int, orientation: in
         raise BadImage(
             "too many pixels", f"{width} x {height} = {width * height:,} pixels, over the limit of {max_pixels:,}"
         )
-    return Header(form, height, width) if orientation >= 5 else Header(form, width, height)
+    return Header(form, height, width) if orientation in range(5, 9) else Header(form, width, height)
 
 
 def _bytes(data: bytes, at: int, n: int) -> bytes:
@@ -145,13 +147,10 @@ def _truncated(data: bytes, what: str) -> BadImage:
     return BadImage("truncated", f"ends after {len(data):,} bytes, {what}")
 
 
-# --- JPEG
-
-
 _BLOCK_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}  # the fewest bits an 8 x 8 block takes: one code for DC, one for AC
-_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # processes decoders do not share
-_IN_SCANS = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE}  # segments that may stand between the scans
-_NO_MARKER = np.zeros(256, dtype=bool)  # what follows 0xFF inside compressed data: stuffing, restarts, fill
+_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # processes that few decoders know
+_IN_SCANS = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE}  # segments allowed between the scans
+_NO_MARKER = np.zeros(256, dtype=bool)  # bytes that follow 0xFF in compressed data: stuffing, restarts, fill
 _NO_MARKER[[0x00, *range(0xD0, 0xD8), 0xFF]] = True
 
 
@@ -180,7 +179,7 @@ def _jpeg(data: bytes, max_pixels: int, thorough: bool) -> Header:
             break
         elif marker == 0xE1:
             exif = _bytes(data, at + 4, length - 2)
-            if exif.startswith(b"Exif\0\0"):  # the last of several counts
+            if exif.startswith(b"Exif\0\0"):  # the last of several blocks counts
                 with contextlib.suppress(_Short):  # damaged metadata does not spoil a JPEG
                     said = _orientation(exif[6:])
                     upright |= said is not None and said < 5
@@ -190,13 +189,13 @@ def _jpeg(data: bytes, max_pixels: int, thorough: bool) -> Header:
         raise BadImage("damaged", f"more than {_MAX_SEGMENTS:,} JPEG segments")
     if not frame:
         raise BadImage("damaged", "a JPEG without a frame header")
-    if upright and orientation >= 5:  # DALI decodes the whole image, but no window of it
+    if upright and orientation >= 5:  # DALI decodes the whole image, but no crop window
         raise BadImage("damaged", "its EXIF blocks disagree on its orientation")
     height, width = struct.unpack(">HH", frame[1:5])
     header = _header(_JPEG, width, height, max_pixels, orientation)
     if thorough:
         end = _jpeg_end(data, at)
-        together = len(frame) == 6 + 3 * data[at + 4]  # the scan holds all channels, so also one of the busy table
+        together = len(frame) == 6 + 3 * data[at + 4]  # one scan holds all channels, so the busy table applies
         if busy and together and process != 0xC2 and (hole := data.find(_HOLE, at, end)) >= 0:
             raise BadImage("damaged", f"a hole of zero bytes from byte {hole:,} on")
         factors = [(c >> 4, c & 15) for c in frame[7::3]]
@@ -218,19 +217,27 @@ def _check_frame(frame: bytes, length: int) -> None:
 
 
 def _check_huffman_tables(tables: bytes) -> bool:
-    """Whether zero bits alone are no flat colour: in some AC table the code of zeros is not the end of a block."""
+    """Return whether zero bits cannot be flat colour: some AC table reads them as more than the end of a block.
+
+    Raises:
+        BadImage: a table is damaged.
+    """
     at, busy = 0, False
     while at < len(tables):
         codes = sum(tables[at + 1 : at + 17])
         if tables[at] & 0xEC or codes > 256 or at + 17 + codes > len(tables):
             raise BadImage("damaged", "a damaged JPEG Huffman table")
-        busy |= tables[at] >= 0x10 and codes > 0 and tables[at + 17] != 0  # codes are canonical: the first one is 0
+        busy |= tables[at] >= 0x10 and codes > 0 and tables[at + 17] != 0  # canonical codes: the first is 0
         at += 17 + codes
     return busy
 
 
 def _jpeg_end(data: bytes, scan: int) -> int:
-    """Position of the end marker, having seen that only what may stand in compressed data does, from `scan` on."""
+    """Return the position of the end marker, after a check of every marker from the scan at `scan` on.
+
+    Raises:
+        BadImage: stray bytes, or no end marker.
+    """
     body = np.frombuffer(data, dtype=np.uint8)[scan:]
     prefixes = np.flatnonzero(body[:-1] == 0xFF)
     markers = prefixes[~_NO_MARKER[body[prefixes + 1]]] + scan
@@ -258,10 +265,10 @@ def _jpeg_end(data: bytes, scan: int) -> int:
 
 
 def _orientation(exif: bytes, *, strict: bool = False) -> int | None:
-    """The orientation in the first directory of an EXIF block (its TIFF part); None without, 0 if it is out of range.
+    """Return the orientation in the first directory of an EXIF block: None if absent, 0 if out of range.
 
     Raises:
-        _Short: the directory leaves the block; with `strict`, also where a value does.
+        _Short: the directory leaves the block, or, if `strict`, one of its values does.
     """
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
@@ -280,11 +287,8 @@ def _orientation(exif: bytes, *, strict: bool = False) -> int | None:
     return found if found is None or found in range(1, 9) else 0
 
 
-_EXIF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # bytes of a value, per type
+_EXIF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # bytes of a value, by type
 _EXIF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
-
-
-# --- PNG
 
 
 def _png(data: bytes, max_pixels: int, thorough: bool) -> Header:
@@ -321,14 +325,11 @@ def _png(data: bytes, max_pixels: int, thorough: bool) -> Header:
 
 
 def _strict_orientation(exif: bytes) -> int:
-    """The orientation, 1 without. OpenCV, with which DALI reads PNG and WebP, crashes on some damaged blocks."""
+    """Return the orientation, 1 if absent. OpenCV, DALI's decoder of PNG and WebP, crashes on some damaged blocks."""
     try:
         return _orientation(exif, strict=True) or 1
     except _Short:
         raise BadImage("damaged", "its EXIF block is damaged, on which decoders crash") from None
-
-
-# --- WebP
 
 
 def _webp(data: bytes, max_pixels: int, thorough: bool) -> Header:
@@ -374,120 +375,56 @@ def _webp(data: bytes, max_pixels: int, thorough: bool) -> Header:
 _WEBP_ANIMATED, _WEBP_EXIF = 2, 8  # flags of the extended header
 
 
-# --- the rest
+def _by_pillow(form: int, data: bytes, max_pixels: int, thorough: bool) -> Header:
+    """Return the header that Pillow reads; if `thorough`, decode the pixels too."""
+    from PIL import BmpImagePlugin, PpmImagePlugin, TiffImagePlugin
 
-
-def _bmp(data: bytes, max_pixels: int, thorough: bool) -> Header:
-    start, kind = struct.unpack("<II", _bytes(data, 10, 8))
-    if kind == 12:
-        width, height, planes, bits = struct.unpack("<HHHH", _bytes(data, 18, 8))
-        compression = 0
-    elif 40 <= kind <= 124:
-        width, height, planes, bits, compression = struct.unpack("<iiHHI", _bytes(data, 18, 16))
-    else:
-        raise BadImage("not an image", "starts as a BMP but has no BMP header")
-    header = _header(_BMP, width, abs(height), max_pixels)
-    if planes != 1 or (bits, compression) not in _BMP_KINDS:
-        raise BadImage("unsupported", f"a BMP with {bits} bits a pixel and compression {compression}")
-    if thorough and compression in (0, 3) and len(data) < start + (width * bits + 31) // 32 * 4 * abs(height):
-        raise _truncated(data, f"too few for its {width} x {abs(height)} pixels")
+    # Image.open would try other formats too, and has its own limit of pixels
+    plugins: tuple[Any, ...] = (BmpImagePlugin.BmpImageFile, PpmImagePlugin.PpmImageFile, TiffImagePlugin.TiffImageFile)
+    try:
+        with plugins[form - _BMP](io.BytesIO(data)) as image:
+            if form == _TIFF:  # Image.size is turned or not, depending on Pillow's version
+                tags = image.tag_v2
+                header = _header(form, tags[256], tags[257], max_pixels, tags.get(274, 1))
+            else:
+                header = _header(form, *image.size, max_pixels)
+            _check_dali_decodes(form, image)
+            if thorough:
+                image.load()
+    except BadImage:
+        raise
+    except Exception as error:  # hostile bytes make Pillow raise exceptions of many kinds
+        text = f"{error}".strip().partition("\n")[0] or type(error).__name__
+        reason = next((r for r in ("truncated", "unsupported") if r in text.lower()), "damaged")
+        raise _Short(BadImage(reason, f"Pillow cannot decode its {len(data):,} bytes: {text}")) from None
+    if thorough and data.startswith((b"P2", b"P3")) and data[-1:].isdigit():
+        raise _truncated(data, "inside a number")
     return header
 
 
-_BMP_KINDS = {(1, 0), (4, 0), (8, 0), (24, 0), (32, 0), (16, 3), (32, 3)}
+def _check_dali_decodes(form: int, image: Any) -> None:
+    """Raise BadImage for what Pillow decodes and DALI does not, or decodes to garbage."""
+    if form == _BMP:
+        codec, _, _, (layout, *_) = image.tile[0]
+        if codec != "raw" or (layout == "BGR;15" and not image.info["compression"]):
+            raise BadImage("unsupported", "a BMP that is run-length-coded, or of 16 bits a pixel without masks")
+    if form == _TIFF:
+        tags = image.tag_v2
+        bits, kinds, packing = set(tags.get(258, (1,))), set(tags.get(339, (1,))), tags.get(259, 1)
+        if bits not in ({8}, {16}) or kinds != {1} or packing not in (1, 5, 7, 8, 32773, 32946):
+            raise BadImage(
+                "unsupported",
+                f"a TIFF of {sorted(bits)} bits, sample format {sorted(kinds)}, compression {packing}, where 8 or 16 "
+                "bits, unsigned, in common compressions are read",
+            )
 
-
-def _pnm(data: bytes, max_pixels: int, thorough: bool) -> Header:
-    kind = data[1] - ord("0")
-    numbers: list[int] = []
-    at = 2
-    while len(numbers) < (2 if kind in (1, 4) else 3):
-        while (c := _bytes(data, at, 1)).isspace() or c == b"#":
-            if c == b"#":
-                end = data.find(b"\n", at)
-                if end < 0:
-                    raise _Short
-                at = end
-            at += 1
-        start = at
-        while _bytes(data, at, 1).isdigit() and at - start < 11:
-            at += 1
-        if not 0 < at - start < 11:
-            raise BadImage("damaged", "a damaged PNM header")
-        numbers.append(int(data[start:at]))
-    width, height, top = (*numbers, 1)[:3]
-    header = _header(_PNM, width, height, max_pixels)
-    if not 0 < top < 65536:
-        raise BadImage("damaged", f"a PNM with {top} as its largest value")
-    if thorough:
-        channels = 3 if kind in (3, 6) else 1
-        if kind < 4 and data[at:].translate(None, b"0123456789 \t\r\n"):
-            raise BadImage("damaged", "a PNM in text form that holds more than numbers")
-        if kind == 4:
-            needed, there = (width + 7) // 8 * height, len(data) - at - 1
-        elif kind > 4:
-            needed, there = width * height * channels * (1 if top < 256 else 2), len(data) - at - 1
-        else:
-            needed, there = width * height * channels, len(data[at:].split())
-        if there < needed:
-            raise _truncated(data, f"too few for its {width} x {height} pixels")
-    return header
-
-
-def _tiff(data: bytes, max_pixels: int, thorough: bool) -> Header:
-    order = "<" if data[:2] == b"II" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-
-    def number(kind: str, at: int) -> int:
-        return struct.unpack(order + kind, _bytes(data, at, struct.calcsize(order + kind)))[0]
-
-    word, entry = ("Q", 20) if big else ("I", 12)
-    ifd = number(word, 8 if big else 4)
-    entries, first = (number("Q", ifd), ifd + 8) if big else (number("H", ifd), ifd + 2)
-    tags: dict[int, list[int]] = {}
-    for i in range(min(entries, 4096)):
-        at = first + entry * i
-        tag, kind, count = number("H", at), number("H", at + 2), number(word, at + 4)
-        letter = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
-        length = count * (8 if kind == 16 else _EXIF_SIZES.get(kind, 0))
-        value = at + (12 if big else 8)
-        if length > struct.calcsize(order + word):
-            value = number(word, value)
-            _bytes(data, value + length - 1, 1)
-        if tag in _TIFF_TAGS and letter and count:
-            if count > 2**20:
-                raise BadImage("damaged", f"a TIFF tag of {count:,} values")
-            tags[tag] = list(struct.unpack(f"{order}{count}{letter}", _bytes(data, value, length)))
-    if 256 not in tags or 257 not in tags:
-        raise BadImage("damaged", "a TIFF without a size")
-    header = _header(_TIFF, tags[256][0], tags[257][0], max_pixels, tags.get(274, [1])[0])
-    bits, form, packing = set(tags.get(258, [1])), set(tags.get(339, [1])), tags.get(259, [1])[0]
-    if bits not in ({8}, {16}) or form != {1} or packing not in (1, 5, 7, 8, 32773, 32946):
-        raise BadImage(
-            "unsupported",
-            f"a TIFF of {sorted(bits)} bits, sample format {sorted(form)}, compression {packing}, where 8 or 16 bits, "
-            "unsigned, in common compressions are read",
-        )
-    if thorough:
-        offsets, counts = tags.get(273) or tags.get(324) or [], tags.get(279) or tags.get(325) or []
-        if not offsets or len(offsets) != len(counts):
-            raise BadImage("damaged", "a TIFF without image data")
-        if max(o + n for o, n in zip(offsets, counts, strict=True)) > len(data):
-            raise _truncated(data, "inside its pixels")
-    return header
-
-
-_TIFF_TAGS = (256, 257, 258, 259, 273, 274, 279, 324, 325, 339)
 
 _PARSERS = {
     b"\xff\xd8": _jpeg,
-    _PNG_SIGNATURE: _png,
+    b"\x89PNG\r\n\x1a\n": _png,
     b"RIFF": _webp,
-    b"BM": _bmp,
-    **{b"P%d" % kind + space: _pnm for kind in range(1, 7) for space in (b" ", b"\n", b"\r", b"\t")},
-    b"II*\0": _tiff,
-    b"MM\0*": _tiff,
-    b"II+\0": _tiff,
-    b"MM\0+": _tiff,
+    b"BM": partial(_by_pillow, _BMP),
+    **{b"P%c%c" % pair: partial(_by_pillow, _PNM) for pair in itertools.product(b"123456", b" \n\r\t")},
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), partial(_by_pillow, _TIFF)),
 }
 STARTS = tuple(_PARSERS)  # an image starts with one of these

@@ -1,199 +1,97 @@
-"""The index: a manifest of the usable images of a source, read from the cache or made now."""
+"""The index: a manifest of the usable images of each source, read from the cache or made now."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import itertools
 import json
 import logging
 import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from cjepa_fast.cache import cache_directory
+from cjepa_fast.cache import cache_directory, locked, write_atomically
 from cjepa_fast.errors import UserError
-from cjepa_fast.feed.images import MAX_BYTES, MAX_PIXELS, BadImage, check_bytes, inspect, inspect_header
-from cjepa_fast.feed.manifest import (
-    ENTRY,
-    MAGIC,
-    Manifest,
-    ManifestError,
-    Mixture,
-    Strings,
-    read_file,
-    row_group_images,
-    row_group_starts,
-    write_atomically,
-)  # fmt: skip
-from cjepa_fast.feed.shards import ShardFault, list_parquet, list_tar, open_regular, parquet_file
-from cjepa_fast.feed.sources import (
-    Listing,
-    Rejected,
-    Source,
-    count,
-    expand_pattern,
-    find_source,
-    list_folder,
-    list_paths,
-    parse_root,
-    printable,
-    stamp,
-)  # fmt: skip
-
-Mode = Literal["quick", "thorough"]
-Fault = tuple[str, str]  # reason, detail
-_Inspected = tuple[int, tuple[np.ndarray, dict[int, Fault]]]
-_Reader = Callable[[int], tuple[bytes, int]]  # limit to an image's first bytes, at most so many, and its whole size
+from cjepa_fast.feed.images import MAX_PIXELS
+from cjepa_fast.feed.listing import Listing, Rejected, list_folder, list_paths
+from cjepa_fast.feed.manifest import ENTRY, Manifest, ManifestError, Strings, is_manifest
+from cjepa_fast.feed.mixture import Mixture
+from cjepa_fast.feed.scan import Mode, Scanned, scan
+from cjepa_fast.feed.shards import list_shard
+from cjepa_fast.feed.sources import Source, count, expand_pattern, find_source, parse_root, printable, stamp
 
 log = logging.getLogger(__name__)
-
-_CHUNK = 256  # images per task: below it handing tasks over costs more than the headers
-_ROWS = 4096  # the same for parquet, where a task reads whole row groups
-_START = 2**14  # bytes that hold nearly every header
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def open_sources(
     roots: Sequence[str], *, mode: Mode = "quick", max_pixels: int = MAX_PIXELS, threads: int | None = None
 ) -> Mixture:
-    """The manifests of `PATH[=WEIGHT]` roots: as cached if nothing changed, else indexed now, by threads.
+    """Return the images of `PATH[=WEIGHT]` roots: from the cache if nothing changed, else indexed now by threads.
 
-    Says in one line what it did. A root may be a manifest file. Where several processes start at once, one indexes
-    and the others wait for it.
+    The log says what was done. A root may be a manifest file. Of several processes that start at once, one indexes and
+    the others wait for it.
 
     Raises:
-        UserError: a root holds no usable image, the cache cannot be written, or a manifest given is out of date.
+        UserError: a root holds no usable image, the cache cannot be written, or a given manifest is out of date.
     """
     parsed = [parse_root(root) for root in roots]
     with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:
-        manifests = [_ensure(path, mode=mode, max_pixels=max_pixels, pool=pool) for path, _ in parsed]
+        manifests = [_open(path, mode, max_pixels, pool) for path, _ in parsed]
     mixture = Mixture(manifests, [weight for _, weight in parsed])
     if any(round(weight * len(m)) == 0 for m, weight in zip(manifests, mixture.weights, strict=True)):
         raise UserError(f"{' '.join(roots)}: a weight is so small that an epoch visits none of its images; raise it")
     return mixture
 
 
-def save_sources(mixture: Mixture, folder: Path) -> None:
-    """Keep the manifests of a run, so that it can go on with them whatever becomes of its sources.
-
-    Raises:
-        UserError: they cannot be written.
-    """
-    for k, manifest in enumerate(mixture.manifests):
-        manifest.save(folder / f"{k}")
-
-
-def reopen_sources(roots: Sequence[str], folder: Path) -> Mixture:
-    """The manifests that `save_sources` kept, for the same roots, or for where these have moved.
-
-    A source that has changed since is read as it was indexed then, and a line says so.
-
-    Raises:
-        UserError: the manifests are not there or damaged, or a root that moved is of another kind.
-    """
-    manifests = []
-    for k, (path, _) in enumerate(map(parse_root, roots)):
-        try:
-            manifest = Manifest.load(folder / f"{k}")
-        except (OSError, ManifestError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{folder / str(k)}: the run's index of {printable(path)}: {reason}; restore it") from None
-        if path != manifest.root and not _is_manifest(path):
-            source = find_source(path)
-            if source.kind != manifest.kind:
-                raise UserError(f"{printable(path)}: is a {source.kind}, the run began with a {manifest.kind}")
-            manifest.base = source.base
-        elif fault := staleness(manifest):
-            log.info("%s, and is read as it was then", fault)
-        manifests.append(manifest)
-    return Mixture(manifests, [weight for _, weight in map(parse_root, roots)])
+def _open(root: str, mode: Mode, max_pixels: int, pool: Executor) -> Manifest:
+    if is_manifest(root):
+        manifest, why = current(Path(root))
+        if manifest is None:
+            raise UserError(f"{printable(root)}: {why}; index the images again")
+        return manifest
+    out = cached_manifest(root, mode=mode, max_pixels=max_pixels)
+    for path in (cached_manifest(root, mode="thorough", max_pixels=max_pixels), out):  # thorough serves quick too
+        if (manifest := current(path)[0]) is not None:
+            return manifest
+    with locked(out.with_name("lock")):
+        manifest, why = current(out)  # another process may have written it meanwhile
+        if manifest is None:
+            source = find_source(root)  # before the log says a word: bad input is one line
+            log.info("indexing %s%s", printable(root), f": {why}" if why else "")
+            report = out.with_name("bad_samples.jsonl")
+            manifest = write_index(source, out, report, mode=mode, max_pixels=max_pixels, pool=pool)
+            log.info("%s", summary(manifest, report))
+        return manifest
 
 
 def cached_manifest(root: str, *, mode: Mode, max_pixels: int) -> Path:
-    """Where the manifest of a root lies in the cache; its report is beside it."""
+    """Return the place of a root's manifest in the cache; its report is beside it."""
     key = json.dumps([os.path.abspath(root), mode, max_pixels])
     return cache_directory() / "manifests" / hashlib.sha256(key.encode()).hexdigest()[:20] / "manifest"
 
 
-def _ensure(root: str, *, mode: Mode, max_pixels: int, pool: Executor) -> Manifest:
-    if _is_manifest(root):
-        return _given(root)
-    for accepted in ("thorough", mode):  # who asks for a quick index is served by a thorough one
-        manifest, _ = _cached(cached_manifest(root, mode=accepted, max_pixels=max_pixels))
-        if manifest is not None and (fault := staleness(manifest)) is None:
-            return manifest
-    out = cached_manifest(root, mode=mode, max_pixels=max_pixels)
-    with _locked(out):
-        manifest, why = _cached(out)  # another process may have written it meanwhile
-        if manifest is not None and (fault := staleness(manifest)) is None:
-            return manifest
-        source = find_source(root)  # before a word is said: bad input is one line
-        log.info("indexing %s%s", printable(root), f": {fault if manifest else why}" if manifest or why else "")
-        manifest, rejected = build(source, mode=mode, max_pixels=max_pixels, pool=pool)
-        report = out.with_name("bad_samples.jsonl")
-        write_report(report, rejected)
-        manifest.save(out)
-        log.info("%s", summary(manifest, report))
-        return manifest
-
-
-def _is_manifest(root: str) -> bool:
-    try:
-        return os.path.isfile(root) and read_file(root, len(MAGIC)).startswith(MAGIC)
-    except OSError:
-        return False
-
-
-def _given(root: str) -> Manifest:
-    try:
-        manifest = Manifest.load(Path(root))
-    except ManifestError as error:
-        raise UserError(f"{printable(root)}: {error}; index the images again") from None
-    if fault := staleness(manifest):
-        raise UserError(f"{printable(root)}: {fault}; index the images again")
-    return manifest
-
-
-def _cached(path: Path) -> tuple[Manifest | None, str]:
-    try:
-        return Manifest.load(path), ""
-    except FileNotFoundError:
+def current(path: Path) -> tuple[Manifest | None, str]:
+    """Return the manifest at `path` if its source is unchanged, else None and why, "" if there is no file."""
+    if not path.exists():
         return None, ""
-    except ManifestError as error:
-        return None, f"{path} {error}"
-    except OSError as error:
-        return None, f"{path} cannot be read ({error.strerror})"
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(out.with_name("lock"), "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"{out.parent}: the cache cannot be written ({error.strerror}); point CJEPA_CACHE to another folder"
-        ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        manifest = Manifest.load(path)
+    except ManifestError as error:
+        return None, f"the index file {error}"
+    why = staleness(manifest)
+    return (None, why) if why else (manifest, "")
 
 
 def staleness(manifest: Manifest) -> str | None:
-    """Why the source is no longer what was indexed, None if it seems unchanged.
+    """Return why the source is no longer the one that was indexed, or None if it seems unchanged.
 
-    Compares the times of all folders, and the times and sizes of shards and lists: sees files added, removed, renamed
-    or replaced, not a file of a folder or list that was written over in place; `Manifest.read` notices that when the
-    length differs.
+    Compares the times of all folders, and the times and sizes of shards and lists. So this sees files added, removed,
+    renamed or replaced. A file of a folder or list that was written over in place is seen by `Manifest.read` alone, if
+    its length differs.
     """
     for path, expected in zip(manifest.watched, manifest.stamps.tolist(), strict=True):
         try:
@@ -208,13 +106,65 @@ def staleness(manifest: Manifest) -> str | None:
     return None
 
 
-# --- building
+def save_sources(mixture: Mixture, folder: Path) -> None:
+    """Keep the manifests of a run, which can then go on with them even if its sources change.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    for k, manifest in enumerate(mixture.manifests):
+        manifest.save(folder / f"{k}")
+
+
+def reopen_sources(roots: Sequence[str], folder: Path) -> Mixture:
+    """Return what `save_sources` kept, for the same roots, or for the places to which they moved.
+
+    A source that changed since is read as it was indexed, and the log says so.
+
+    Raises:
+        UserError: the manifests are missing or damaged, or a root that moved is of another kind.
+    """
+    parsed, manifests = [parse_root(root) for root in roots], []
+    for k, (path, _) in enumerate(parsed):
+        try:
+            manifest = Manifest.load(folder / f"{k}")
+        except ManifestError as error:
+            raise UserError(f"{folder / str(k)}: the run's index of {printable(path)} {error}; restore it") from None
+        if path != manifest.root and not is_manifest(path):
+            source = find_source(path)
+            if source.kind != manifest.kind:
+                raise UserError(f"{printable(path)}: is a {source.kind}, the run began with a {manifest.kind}")
+            manifest.base = source.base
+        elif why := staleness(manifest):
+            log.info("%s, and is read as it was then", why)
+        manifests.append(manifest)
+    return Mixture(manifests, [weight for _, weight in parsed])
+
+
+def write_index(source: Source, out: Path, report: Path, *, mode: Mode, max_pixels: int, pool: Executor) -> Manifest:
+    """Index a source and write its manifest and the report of what was left out.
+
+    The report has one JSON object per sample or shard: file, member (of a shard), reason, detail.
+
+    Raises:
+        UserError: there is no usable image, or a file cannot be written.
+    """
+    manifest, rejected = build(source, mode=mode, max_pixels=max_pixels, pool=pool)
+    write_atomically(report, [json.dumps(r._asdict()).encode() + b"\n" for r in rejected])
+    manifest.save(out)
+    return manifest
+
+
+def summary(manifest: Manifest, report: Path) -> str:
+    """Return a line for the log: the root, its images, and where the report is if any were left out."""
+    where = f"; see {report}" if manifest.meta["left_out"] else ""
+    return f"{printable(manifest.root)}: {manifest.description}{where}"
 
 
 def build(
     source: Source, *, mode: Mode, max_pixels: int = MAX_PIXELS, pool: Executor, progress: bool | None = None
 ) -> tuple[Manifest, list[Rejected]]:
-    """Read the headers (quick) or all bytes (thorough) of a source's images, in `pool`.
+    """Read the headers (quick) or all bytes (thorough) of a source's images in `pool`.
 
     Args:
         progress: show a bar; None shows it on a terminal.
@@ -231,7 +181,8 @@ def build(
     table["offset"], table["container"] = listing.offset, listing.container
     rejected = list(listing.rejected)
     good = np.ones(n, dtype=bool)
-    for start, (entries, faults) in _progress(_inspected(source, listing, mode, max_pixels, pool), n, progress):
+    results = scan(source, listing, mode=mode, max_pixels=max_pixels, pool=pool)
+    for start, (entries, faults) in _progress(results, n, progress):
         span = slice(start, start + len(entries))
         for column in ("bytes", "width", "height", "crc32", "format"):
             table[column][span] = entries[column]
@@ -269,21 +220,17 @@ def build(
 
 
 def _list(source: Source, pool: Executor) -> Listing:
-    if source.kind == "folder":
-        return list_folder(source)
-    if source.kind == "list":
-        return list_paths(source)
-    listing = Listing(ignored=source.ignored)
-    lister = list_tar if source.kind == "tar" else list_parquet
-    for part in pool.map(lister, [source.base] * len(source.files), source.files):
-        listing.extend(part)
+    if source.kind in ("folder", "list"):
+        return list_folder(source) if source.kind == "folder" else list_paths(source)
     noun = "tar shard" if source.kind == "tar" else "parquet file"
-    listing.where = count(len(source.files), noun)
+    listing = Listing(ignored=source.ignored, where=count(len(source.files), noun))
+    for part in pool.map(partial(list_shard, source.kind, source.base), source.files):
+        listing.extend(part)
     return listing
 
 
 def _labels(listing: Listing, keep: list[int]) -> tuple[tuple[str, ...], np.ndarray, str]:
-    """Class names, int32 [n] indices into them (-1 without), and what to say about them."""
+    """Return class names, int32 [n] indices into them (-1 without a label), and a note for the description."""
     none = (), np.full(len(listing.label), -1, dtype=np.int32)
     kept = [listing.label[i] for i in keep]
     missing = sum(label is None for label in kept)
@@ -331,149 +278,10 @@ def _reject(source: Source, listing: Listing, i: int, reason: str, detail: str) 
     return Rejected(os.path.join(*parts), member, reason, detail)
 
 
-def _progress(results: Iterable[_Inspected], total: int, show: bool | None) -> Iterator[_Inspected]:
+def _progress(results: Iterable[tuple[int, Scanned]], total: int, show: bool | None) -> Iterator[tuple[int, Scanned]]:
     from tqdm import tqdm
 
     with tqdm(total=total, unit=" images", unit_scale=True, disable=None if show is None else not show) as bar:
         for start, (entries, faults) in results:
             bar.update(len(entries))
             yield start, (entries, faults)
-
-
-def _inspected(source: Source, listing: Listing, mode: Mode, max_pixels: int, pool: Executor) -> Iterable[_Inspected]:
-    """(first position, (ENTRY rows, faults by row)) of consecutive images; all is handed to `pool` at once."""
-    by_shard = source.kind in ("tar", "parquet")
-    starts, tasks = [], []
-    start, n = 0, len(listing.name)
-    while start < n:
-        stop = min(start + (_ROWS if source.kind == "parquet" else _CHUNK), n)
-        containers = listing.container[start:stop]
-        if by_shard and containers[-1] != containers[0]:
-            stop = start + next(i for i, c in enumerate(containers) if c != containers[0])
-        if by_shard:
-            shard = os.path.join(source.base, listing.containers[containers[0]])
-            tasks.append((shard, listing.offset[start:stop], listing.size[start:stop]))
-        else:
-            folders = [listing.containers[c] for c in containers]
-            tasks.append((source.base, folders, listing.name[start:stop]))
-        starts.append(start)
-        start = stop
-    worker = {"tar": inspect_members, "parquet": inspect_rows}.get(source.kind, inspect_files)
-    results = pool.map(partial(worker, mode=mode, max_pixels=max_pixels), tasks)
-    return zip(starts, results, strict=True)
-
-
-def _inspect(readers: Iterable[_Reader], n: int, mode: Mode, max_pixels: int) -> tuple[np.ndarray, dict[int, Fault]]:
-    """ENTRY rows and faults of n images, each given by its reader."""
-    entries = np.zeros(n, dtype=ENTRY)
-    faults: dict[int, Fault] = {}
-    rows = []
-    for i, read in enumerate(readers):
-        crc = size = 0
-        header = None
-        try:
-            if mode == "quick":
-                data, size = read(_START)
-                header = inspect_header(data, size, max_pixels=max_pixels)
-            if header is None:
-                data, size = read(MAX_BYTES)
-                check_bytes(size)
-                header = inspect(data, max_pixels=max_pixels, thorough=mode == "thorough")
-                crc = zlib.crc32(data) if mode == "thorough" else 0
-            rows.append((i, size, header.width, header.height, crc, header.format))
-        except BadImage as bad:
-            faults[i] = bad.reason, bad.detail
-        except FileNotFoundError:
-            faults[i] = "missing", "no such file"
-        except OSError as error:
-            odd = error.strerror is None
-            faults[i] = ("not a file", str(error)) if odd else ("unreadable", f"cannot be read ({error.strerror})")
-    if rows:
-        at, *columns = (list(column) for column in zip(*rows, strict=True))
-        for name, column in zip(("bytes", "width", "height", "crc32", "format"), columns, strict=True):
-            entries[name][at] = column
-    return entries, faults
-
-
-def inspect_files(
-    task: tuple[str, list[str], list[str]], *, mode: Mode, max_pixels: int
-) -> tuple[np.ndarray, dict[int, Fault]]:
-    """Images in files of their own; task: base, folders below it, names in these."""
-    base, folders, names = task
-
-    def read(path: str, limit: int) -> tuple[bytes, int]:
-        fd = open_regular(path)
-        try:
-            size = os.fstat(fd).st_size
-            return (b"" if size > MAX_BYTES else os.pread(fd, min(size, limit), 0)), size
-        finally:
-            os.close(fd)
-
-    paths = (os.path.join(base, folder, name) for folder, name in zip(folders, names, strict=True))
-    return _inspect((partial(read, path) for path in paths), len(names), mode, max_pixels)
-
-
-def inspect_members(
-    task: tuple[str, list[int], list[int]], *, mode: Mode, max_pixels: int
-) -> tuple[np.ndarray, dict[int, Fault]]:
-    """Images in one tar; task: its path, where they start, how many bytes they have."""
-    path, offsets, sizes = task
-
-    def read(offset: int, size: int, limit: int) -> tuple[bytes, int]:
-        return (b"" if size > MAX_BYTES else os.pread(fd, min(size, limit), offset)), size
-
-    try:
-        fd = open_regular(path)
-    except OSError as error:
-        fault = "bad shard", f"cannot be read any more ({error.strerror or error})"
-        return np.zeros(len(sizes), dtype=ENTRY), dict.fromkeys(range(len(sizes)), fault)
-    try:
-        return _inspect(map(partial(partial, read), offsets, sizes), len(sizes), mode, max_pixels)
-    finally:
-        os.close(fd)
-
-
-def inspect_rows(
-    task: tuple[str, list[int], list[int]], *, mode: Mode, max_pixels: int
-) -> tuple[np.ndarray, dict[int, Fault]]:
-    """Images in consecutive rows of one parquet file; task: its path, the rows, nothing."""
-    path, rows, _ = task
-
-    def read(data: bytes | None, limit: int) -> tuple[bytes, int]:
-        if data is None:
-            raise BadImage("missing", "the row holds no bytes")
-        return data[:limit], len(data)
-
-    def fail(fault: ShardFault, limit: int) -> tuple[bytes, int]:
-        raise BadImage("bad shard", str(fault))
-
-    def readers() -> Iterator[_Reader]:  # one row group in memory at a time
-        try:
-            parquet = parquet_file(path)
-        except ShardFault as fault:
-            yield from [partial(fail, fault)] * len(rows)
-            return
-        with parquet:
-            starts = [*row_group_starts(parquet), parquet.metadata.num_rows]
-            for group, (start, stop) in enumerate(itertools.pairwise(starts)):
-                low, high = max(rows[0], start), min(rows[-1] + 1, stop)
-                if low >= high:
-                    continue
-                try:
-                    column = row_group_images(parquet, group).slice(low - start, high - low)
-                except ShardFault as fault:
-                    yield from [partial(fail, fault)] * (high - low)
-                else:
-                    yield from (partial(read, data.as_py()) for data in column)
-
-    return _inspect(readers(), len(rows), mode, max_pixels)
-
-
-def write_report(path: Path, rejected: Sequence[Rejected]) -> None:
-    """One JSON object per sample or shard left out: file, member (of a shard), reason, detail. Empty if none was."""
-    write_atomically(path, [json.dumps(r._asdict()).encode() + b"\n" for r in rejected])
-
-
-def summary(manifest: Manifest, report: Path) -> str:
-    where = f"; see {report}" if manifest.meta["left_out"] else ""
-    return f"{printable(manifest.root)}: {manifest.description}{where}"

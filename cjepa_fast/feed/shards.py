@@ -1,23 +1,33 @@
-"""What lies in tar shards and parquet files: the list of a shard's images, without reading an image.
+"""Shards: tar archives and parquet files, how their images are listed and read.
 
-Shards are read by offset: nothing is ever extracted, unpickled or executed, and a member's name is only a label.
+Images are read by offset: nothing is ever extracted, unpickled or executed, and a member's name is only a label.
 """
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import importlib
+import itertools
 import json
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from cjepa_fast.errors import UserError
 from cjepa_fast.feed.images import SUFFIXES
-from cjepa_fast.feed.sources import LABEL_COLUMNS, Listing, Rejected, printable
+from cjepa_fast.feed.listing import LABEL_COLUMNS, Listing
+from cjepa_fast.feed.sources import printable
 
-# --- tar
+_MAX_NAME = 2**16  # bytes of a tar member's name; file systems take 2**12 at most
+
+
+class ShardFault(Exception):
+    """A shard that cannot be read, or not to its end."""
 
 
 class Member(NamedTuple):
@@ -28,18 +38,52 @@ class Member(NamedTuple):
     size: int
 
 
-class ShardFault(Exception):
-    """A shard cannot be read, or not to its end."""
+def list_shard(kind: str, base: str, shard: str) -> Listing:
+    """List the images of one shard, a tar or parquet file, without reading an image."""
+    path = os.path.join(base, shard)
+    listing = Listing(containers=[shard])
+    try:
+        (_list_tar if kind == "tar" else _list_parquet)(path, listing)
+    except ShardFault as fault:
+        listing.reject(path, "", "bad shard", str(fault))
+    return listing
 
 
-_MAX_NAME = 2**16  # bytes of a tar member's name; the longest a file system takes is 2**12
+def open_regular(path: str) -> int:
+    """Open a file for reading and return its descriptor. A pipe or device would wait for ever, or never end.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular one.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError("not a regular file")
+    return fd
+
+
+@contextlib.contextmanager
+def open_tar(path: str) -> Iterator[int]:
+    """Open a tar and give its descriptor.
+
+    Raises:
+        ShardFault: the tar cannot be opened.
+    """
+    try:
+        fd = open_regular(path)
+    except OSError as error:
+        raise ShardFault(f"cannot be read ({error.strerror or error})") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def tar_members(fd: int) -> Iterator[Member]:
-    """The regular files of an uncompressed tar (ustar, GNU or pax), by its headers alone.
+    """Yield the regular files of an uncompressed tar (ustar, GNU or pax) from its headers alone.
 
     Raises:
-        ShardFault: not a tar, or it ends or is damaged before its end mark; what was yielded before is sound.
+        ShardFault: the file is no tar, or ends or is damaged before its end mark; members yielded before are sound.
     """
     end = os.fstat(fd).st_size
     if end == 0:
@@ -115,7 +159,7 @@ def _tar_name(block: bytes) -> bytes:
 
 
 def _pax(payload: bytes, name: bytes | None, size: int | None) -> tuple[bytes | None, int | None]:
-    """The name and size in a pax header, each as it was where there is none."""
+    """Return the name and size in a pax header, or those given where the header has none."""
     while (match := re.match(rb"(\d{1,8}) ([^=]+)=", payload)) and int(match[1]) > len(match[0]):
         value = payload[len(match[0]) : int(match[1]) - 1]
         if match[2] == b"path":
@@ -128,23 +172,16 @@ def _pax(payload: bytes, name: bytes | None, size: int | None) -> tuple[bytes | 
     return name, size
 
 
-def list_tar(base: str, shard: str) -> Listing:
-    """The samples of one shard: members of the same name up to the first dot after the last slash.
+def _list_tar(path: str, listing: Listing) -> None:
+    """Add the samples of a tar: members whose names agree up to the first dot after the last slash.
 
-    The image of a sample is its member with the plainest image ending; its label the integer in `.cls` or under
-    "label" in `.json`. Samples are in the order of their images; parts may lie apart.
+    The image of a sample is its member with the plainest image ending. Its label is the integer in `.cls`, or under
+    "label" in `.json`. Samples are in the order of their images; their members may lie apart.
     """
-    path = os.path.join(base, shard)
-    listing = Listing(containers=[shard])
     images: dict[str, list[Member]] = {}
     labels: dict[str, Member] = {}
     keys: set[str] = set()
-    try:
-        fd = open_regular(path)
-    except OSError as error:
-        listing.rejected.append(Rejected(path, "", "bad shard", f"cannot be read ({error.strerror or error})"))
-        return listing
-    try:
+    with open_tar(path) as fd:
         try:
             for member in tar_members(fd):
                 key, ending = _key(member.name)
@@ -159,35 +196,32 @@ def list_tar(base: str, shard: str) -> Listing:
                 else:
                     listing.ignored += 1
         except ShardFault as fault:
-            listing.rejected.append(Rejected(path, "", "bad shard", str(fault)))
+            listing.reject(path, "", "bad shard", str(fault))
         for key in sorted(keys - images.keys()):
-            listing.rejected.append(Rejected(path, key, "no image", f"no {' '.join(SUFFIXES)} member of this name"))
+            listing.reject(path, key, "no image", f"no {' '.join(SUFFIXES)} member of this name")
         samples = []
         for key, members in images.items():
             chosen = min(members, key=lambda m: (_key(m.name)[1].count("."), m.offset))
             for other in members:
                 if other is not chosen and other.name == chosen.name:
                     detail = f"a second member of this name, at byte {other.offset:,}"
-                    listing.rejected.append(Rejected(path, other.name, "duplicate", detail))
+                    listing.reject(path, other.name, "duplicate", detail)
                 elif other is not chosen:
                     listing.ignored += 1
             samples.append((chosen, _label(fd, labels.get(f"{key}.cls"), labels.get(f"{key}.json"))))
-        for member, label in sorted(samples, key=lambda sample: sample[0].offset):
-            listing.add(0, member.name, offset=member.offset, size=member.size, label=label)
-    finally:
-        os.close(fd)
-    return listing
+    for member, label in sorted(samples, key=lambda sample: sample[0].offset):
+        listing.add(0, member.name, offset=member.offset, size=member.size, label=label)
 
 
 def _key(name: str) -> tuple[str, str]:
-    """A member's name split as WebDataset does, before the first dot after the last slash; the ending in lower case."""
+    """Split a member's name before the first dot after its last slash, as WebDataset does; the ending in lower case."""
     folder, slash, file = name.rpartition("/")
     stem, dot, ending = file.partition(".")
     return folder + slash + stem, (dot + ending).lower()
 
 
 def _label(fd: int, cls: Member | None, meta: Member | None) -> int | None:
-    """An unreadable label is none; a sample is not worth losing for it."""
+    """Return the label of a sample, or None if there is none or it cannot be read: the image is still of use."""
     try:
         if cls is not None and cls.size <= 32:
             return int(os.pread(fd, cls.size, cls.offset).decode("ascii"))
@@ -199,20 +233,8 @@ def _label(fd: int, cls: Member | None, meta: Member | None) -> int | None:
     return None
 
 
-def open_regular(path: str) -> int:
-    """A descriptor for reading; opening a pipe or a device would wait for ever, or never end."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError("not a regular file")
-    return fd
-
-
-# --- parquet
-
-
 def parquet_file(path: str) -> Any:
-    """`pyarrow.parquet.ParquetFile(path)`.
+    """Return `pyarrow.parquet.ParquetFile(path)`.
 
     Raises:
         UserError: pyarrow is not installed.
@@ -225,18 +247,18 @@ def parquet_file(path: str) -> Any:
     try:
         return parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        raise ShardFault(f"is not a readable parquet file ({first_line(error)})") from None
+        raise ShardFault(f"is not a readable parquet file ({_first_line(error)})") from None
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return printable(str(error).strip().partition("\n")[0][:200])
 
 
-def image_column(parquet: Any) -> str:
-    """The column of encoded images, as a dotted path: `image.bytes` of a Hugging Face file, or a binary column.
+def _image_column(parquet: Any) -> str:
+    """Return the column of encoded images as a dotted path: `image.bytes` of a Hugging Face file, or a binary column.
 
     Raises:
-        ShardFault: there is none, or several none of which is called image.
+        ShardFault: there is no such column, or there are several and none is called image.
     """
     types = importlib.import_module("pyarrow.types")
 
@@ -256,32 +278,24 @@ def image_column(parquet: Any) -> str:
     raise ShardFault(f"has no image column; its columns are {', '.join(map(printable, schema.names)) or 'none'}")
 
 
-def list_parquet(base: str, shard: str) -> Listing:
-    """The rows of one parquet file; integer labels get the names that a Hugging Face file gives them."""
-    path = os.path.join(base, shard)
-    listing = Listing(containers=[shard])
-    try:
-        parquet = parquet_file(path)
-        with parquet:
-            column = image_column(parquet)
-            schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-            names: list[str | None] = [None] * rows
-            labels: list[Any] = [None] * rows
-            folder, dot, _ = column.partition(".")
+def _list_parquet(path: str, listing: Listing) -> None:
+    """Add the rows of a parquet file; integer labels get the names that a Hugging Face file has for them."""
+    with parquet_file(path) as parquet:
+        column = _image_column(parquet)
+        schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+        names: list[str | None] = [None] * rows
+        labels: list[Any] = [None] * rows
+        folder, dot, _ = column.partition(".")
+        try:
             if dot and "path" in [f.name for f in schema.field(folder).type]:
                 names = [r and r["path"] for r in parquet.read([f"{folder}.path"]).column(0).to_pylist()]
             if label := next((name for name in LABEL_COLUMNS if name in schema.names), None):
                 labels = parquet.read([label]).column(0).to_pylist()
                 listing.classes = _class_names(schema.metadata, label)
-    except ShardFault as fault:
-        listing.rejected.append(Rejected(path, "", "bad shard", str(fault)))
-        return listing
-    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        listing.rejected.append(Rejected(path, "", "bad shard", f"is damaged ({first_line(error)})"))
-        return listing
+        except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+            raise ShardFault(f"is damaged ({_first_line(error)})") from None
     for row, (name, label) in enumerate(zip(names, labels, strict=True)):
         listing.add(0, name or "", offset=row, label=label if type(label) in (int, str) else None)
-    return listing
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...] | None:
@@ -290,3 +304,72 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str,
         return tuple(map(str, names)) if isinstance(names, list) else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def row_group_starts(parquet: Any) -> list[int]:
+    """Return the first row of each row group of a `ParquetFile`."""
+    metadata = parquet.metadata
+    rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return [0, *itertools.accumulate(rows)][:-1]
+
+
+def row_group_images(parquet: Any, group: int) -> Any:
+    """Return the encoded images of one row group, a pyarrow array of bytes.
+
+    Raises:
+        ShardFault: the row group cannot be read.
+    """
+    column = _image_column(parquet)
+    try:
+        images = parquet.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()
+        return images.field("bytes") if "." in column else images
+    except (OSError, ValueError) as error:
+        raise ShardFault(f"row group {group} is damaged ({_first_line(error)})") from None
+
+
+class ShardReader:
+    """Reads from several threads through a few open tars, and a few row groups kept in memory."""
+
+    def __init__(self) -> None:
+        self._tar = lru_cache(maxsize=64)(_Tar)
+        self._starts = lru_cache(maxsize=None)(_starts_of)
+        self._group = lru_cache(maxsize=4)(_group_of)
+        self._lock = threading.Lock()
+
+    def member(self, path: str, offset: int, size: int) -> bytes:
+        """Read bytes of a tar. Raises OSError."""
+        tar = self._tar(path)  # a reference, so that the file stays open for this read
+        return os.pread(tar.fd, size, offset)
+
+    def row(self, path: str, row: int) -> bytes:
+        """Read the image in a row of a parquet file. Raises ShardFault, or IndexError in a file that became shorter."""
+        with self._lock:  # else several threads would read the same row group
+            starts = self._starts(path)
+            group = bisect.bisect_right(starts, row) - 1
+            return self._group(path, group)[row - starts[group]].as_py() or b""
+
+    def close(self) -> None:
+        """Close all tars and free all row groups; reading opens them again."""
+        for cache in (self._tar, self._starts, self._group):
+            cache.cache_clear()
+
+
+class _Tar:
+    """An open file that closes with its last reference, so that no thread loses it in the middle of a read."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = open_regular(path)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.fd)
+
+
+def _starts_of(path: str) -> list[int]:
+    with parquet_file(path) as parquet:
+        return row_group_starts(parquet)
+
+
+def _group_of(path: str, group: int) -> Any:
+    with parquet_file(path) as parquet:
+        return row_group_images(parquet, group)
