@@ -25,6 +25,7 @@ from cjepa_fast.config import (
     validate_world,
 )
 from cjepa_fast.config.cli import load
+from cjepa_fast.config.document import document
 from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.engine.schedules import count_steps
 from cjepa_fast.errors import UserError
@@ -600,6 +601,11 @@ def test_runs_without_an_equivalent_today_are_refused(tmp_path: Path, before: st
     assert (
         message.startswith(f"{tmp_path / 'config.yaml'}: {key}: ") and "use the version that began the run" in message
     )
+
+
+def test_the_reference_is_made_from_the_schema() -> None:
+    path = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert path.read_text() == document(), "run python -m cjepa_fast.config.document > docs/configuration.md"
 
 
 def test_at_most_66_settings() -> None:

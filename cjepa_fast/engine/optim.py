@@ -84,7 +84,7 @@ class AdamW(torch.optim.AdamW):
         else:
             assert not held, "plain torch takes hyperparameters from the host"
             _torch_step(self)
-            if momentum is not None:
+            if momentum is not None and self._averages:
                 torch._foreach_lerp_(list(self._averages.values()), self._followed, 1 - momentum)
             self.refresh_copies()
         return loss

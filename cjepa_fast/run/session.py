@@ -109,10 +109,10 @@ class Session:
                 where = f"--resume {self._directory}"
                 self._records.say(f"stopped on request after step {self._done}; continue with {where}")
             elif self._job.probe is not None:
-                chance = self._job.probe.chance
+                judged = "target encoder" if self._learner.method.averages() else "encoder"
                 self._records.say(
-                    f"20-NN top-1: target encoder {self._accuracy:.1%}, untrained encoder {self._untrained:.1%}, "
-                    f"chance {chance:.1%}"
+                    f"20-NN top-1: {judged} {self._accuracy:.1%}, untrained encoder {self._untrained:.1%}, "
+                    f"chance {self._job.probe.chance:.1%}"
                 )
             self._records.say(f"run directory: {self._directory} ({time.perf_counter() - self._started:.0f} s)")
             self._records.close()
