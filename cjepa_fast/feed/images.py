@@ -86,6 +86,8 @@ def inspect_header(start: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> 
     Raises:
         BadImage: the header shows that the image cannot be used; a missing end is not noticed.
     """
+    if len(start) < size and start[:2] in (b"II", b"MM"):
+        return None  # the header of a TIFF may lie at its end
     try:
         return _parse(start, size, max_pixels, thorough=False)
     except _Short:
@@ -112,8 +114,6 @@ def no_image(data: bytes) -> BadImage:
 
 def _parse(data: bytes, size: int, max_pixels: int, thorough: bool) -> Header:
     check_bytes(size)
-    if len(data) < size and data.startswith((b"II", b"MM")):
-        raise _Short  # the header of a TIFF may lie at its end
     try:
         for magic, parse in _PARSERS.items():
             if data.startswith(magic):
@@ -133,7 +133,7 @@ def _header(form: int, width: int, height: int, max_pixels: int, orientation: in
         raise BadImage(
             "too many pixels", f"{width} x {height} = {width * height:,} pixels, over the limit of {max_pixels:,}"
         )
-    return Header(form, height, width) if orientation in range(5, 9) else Header(form, width, height)
+    return Header(form, height, width) if 5 <= orientation <= 8 else Header(form, width, height)
 
 
 def _bytes(data: bytes, at: int, n: int) -> bytes:
@@ -387,7 +387,7 @@ def _by_pillow(form: int, data: bytes, max_pixels: int, thorough: bool) -> Heade
                 tags = image.tag_v2
                 header = _header(form, tags[256], tags[257], max_pixels, tags.get(274, 1))
             else:
-                header = _header(form, *image.size, max_pixels)
+                header = _header(form, image.width, image.height, max_pixels)
             _check_dali_decodes(form, image)
             if thorough:
                 image.load()
