@@ -1,7 +1,8 @@
-"""The README's table of speeds, made from bench/results:  python -m bench.table [--check]
+"""The README's table of speeds and the figures of bench/results:  python -m bench.table [--check | --figures]
 
-Every record of bench.step (step-*.json) and every row of bench.data (data-*.jsonl) there, between the README's marks.
-`--check` changes nothing and exits with 1 if the table is not what the results say.
+The table holds every record of bench.step (step-*.json) and every row of bench.data (data-*.jsonl), between the
+README's marks. `--check` changes nothing and exits with 1 if the table differs from the results. `--figures` draws the
+figure of each record of bench.step and bench.scale (step-*.svg, scale-*.svg) again.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from bench import plots, records
+from bench.records import ROOT, Row
+from bench.scale import command as scale
+from bench.step import report as step
+from cjepa_fast.errors import UserError
+
 BEGIN, END = "<!-- made by python -m bench.table -->\n", "<!-- end -->\n"
-Row = dict[str, Any]
 
 
 def table(results: Path) -> str:
-    """The text between the marks."""
+    """Return the text between the marks."""
     records = [json.loads(path.read_text()) for path in sorted(results.glob("step-*.json"))]
     rows = [json.loads(line) for path in sorted(results.glob("data-*.jsonl")) for line in path.read_text().splitlines()]
     parts = [*map(steps, records), feeds([row for row in rows if row["status"] == "ok" and "images_per_cpu_s" in row])]
@@ -65,7 +69,15 @@ def feeds(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(results: Path) -> None:
+    """Draw the figure of each record beside it."""
+    for pattern, figure in (("step-*.json", step.figure), ("scale-*.json", scale.figure)):
+        for path in results.glob(pattern):
+            records.write(path.with_suffix(".svg"), plots.svg(figure(json.loads(path.read_text()))))
+
+
 def replaced(readme: str, text: str) -> str:
+    """Return the README with `text` between its marks. Raises ValueError without marks."""
     before, _, rest = readme.partition(BEGIN)
     _, mark, after = rest.partition(END)
     if not mark:
@@ -75,14 +87,22 @@ def replaced(readme: str, text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="only compare")
+    parser.add_argument("--figures", action="store_true", help="draw the figures instead")
     arguments = parser.parse_args(argv)
+    if arguments.figures:
+        try:
+            draw(ROOT / "bench/results")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
     path = ROOT / "README.md"
     old = path.read_text()
     new = replaced(old, table(ROOT / "bench/results"))
     if arguments.check:
         if new != old:
-            print("README.md: the table of speeds is not what bench/results says: run python -m bench.table")
+            print("README.md: the table of speeds differs from bench/results: run python -m bench.table")
         return int(new != old)
     path.write_text(new)
     return 0
