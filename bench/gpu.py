@@ -147,10 +147,11 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
     record["attention"] = attention_table(rows)
     records.write(out / "results.json", json.dumps(record, indent=1) + "\n")
     title = "Rehearsal on a CPU: a trial of the flow, the figures mean nothing" if record["rehearsal"] else "GPU"
-    text = [f"# {title}\n", "| section | status | seconds | limit |", "| --- | --- | --- | --- |"]
+    lines = []
     for section in record["sections"]:
-        seconds, limit = (f"{section[key]:.0f}" if section.get(key) else "" for key in ("seconds", "limit"))
-        text.append(f"| {section['name']} | {section['status']} | {seconds} | {limit} |")
+        spent = [f"{section[key]:.0f}" if section.get(key) else "" for key in ("seconds", "limit")]
+        lines.append([section["name"], section["status"], *spent])
+    text = [f"# {title}\n", *records.table("section|status|seconds|limit", lines)]
     if record["attention"]:
         text.append(
             "\nFor MEASURED in cjepa_fast/ops/_attention.py:\n\n```python\n" + "\n".join(record["attention"]) + "\n```"

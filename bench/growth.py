@@ -186,21 +186,18 @@ def exponents(
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "| grows | sizes | ms a step | exponent of time | of FLOP | MB saved for backward | exponent of memory | "
-        "of the model | verdict |",
-        "| --- | --- | --- | --: | --: | --- | --: | --: | --- |",
-    ]
+    lines = []
     for row in rows:
         sizes, times, kept = (
             " ".join(f"{value / unit:,.4g}" for value in row[key])
             for key, unit in (("sizes", 1), ("median_ms", 1), ("saved_bytes", 1e6))
         )
-        lines.append(
-            f"| {row['axis']} | {sizes} | {times} | {row['time']:.2f} | {row['time_expected']:.2f} | {kept} | "
-            f"{row['memory']:.2f} | {row['memory_expected']:.2f} | {row['verdict']} |"
+        time, flops, memory, expected = (
+            f"{row[name]:.2f}" for name in ("time", "time_expected", "memory", "memory_expected")
         )
-    return lines
+        lines.append([row["axis"], sizes, times, time, flops, kept, memory, expected, row["verdict"]])
+    columns = "grows|sizes|ms a step|>exponent of time|>of FLOP|MB saved for backward|>exponent of memory|>of the model"
+    return records.table(f"{columns}|verdict", lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,24 @@ def read(path: Path) -> list[Row]:
     """Read the whole lines of a JSONL file, if it exists; a killed process may leave a torn last line."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def table(columns: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table.
+
+    Columns are separated by "|"; ">" aligns one to the right. A row with too few cells is filled up before its last.
+    """
+    names = columns.split("|")
+    lines = [[name.lstrip(">") for name in names], ["--:" if name.startswith(">") else "---" for name in names]]
+    for row in rows:
+        cells = [cell.replace("|", "/").replace("\n", " ") for cell in row]
+        lines.append([*cells[:-1], *[""] * (len(names) - len(cells)), *cells[-1:]])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def problem(row: Row) -> str:
+    """Return the status of a row, and its reason if there is one."""
+    return f"{row['status']}: {row['reason']}" if row.get("reason") else row["status"]
 
 
 def _cpu_name() -> str:

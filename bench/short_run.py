@@ -55,8 +55,7 @@ def markdown(record: dict[str, Any]) -> str:
     """Return the figures as a table."""
     shown = {key: value for key, value in record.items() if key not in ("environment", "metrics")}
     cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown.values()]
-    rows = (shown, ["---"] * len(shown), cells)
-    return "A short training:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return "\n".join(["A short training:", "", *records.table("|".join(shown), [cells])]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,10 +23,10 @@ BEGIN, END = "<!-- made by python -m bench.table -->\n", "<!-- end -->\n"
 
 def table(results: Path) -> str:
     """Return the text between the marks."""
-    records = [json.loads(path.read_text()) for path in sorted(results.glob("step-*.json"))]
+    stepped = [json.loads(path.read_text()) for path in sorted(results.glob("step-*.json"))]
     rows = [json.loads(line) for path in sorted(results.glob("data-*.jsonl")) for line in path.read_text().splitlines()]
-    parts = [*map(steps, records), feeds([row for row in rows if row["status"] == "ok" and "images_per_cpu_s" in row])]
-    if not any(row["gpu"] for row in (*rows, *(record["environment"] for record in records))):
+    parts = [*map(steps, stepped), feeds([row for row in rows if row["status"] == "ok" and "images_per_cpu_s" in row])]
+    if not any(row["gpu"] for row in (*rows, *(record["environment"] for record in stepped))):
         parts.append("Not yet run on a GPU.\n")
     return "\n".join(parts)
 
@@ -37,36 +37,31 @@ def steps(record: Row) -> str:
     models, masks = (" ".join(dict.fromkeys(row[key] for row in record["rows"])) for key in ("model", "masks"))
     command = f"python -m bench.step --models {models} --batch {record['batch']}"
     command += "" if masks == "fixed" else f" --masks {masks}"
-    lines = [
+    head = (
         f"A training step, {device}, {record['precision']}, batch {record['batch']}, torch {where['torch']}, commit "
-        f"{where['commit']} (`{command}`):",
-        "",
-        "| ViT | ours, images/s | x `eager` | x `tuned` | of the best matrix product's rate |",
-        "| --- | --: | --: | --: | --: |",
-    ]
+        f"{where['commit']} (`{command}`):\n\n"
+    )
+    lines = []
     for row in record["rows"]:
         if row["rival"] == "ours" and row["status"] == "ok":
-            faster = " | ".join(f"{row['speedup'][base]:.2f}" for base in ("eager", "tuned"))
+            faster = [f"{row['speedup'][base]:.2f}" for base in ("eager", "tuned")]
             model = row["model"] if row["masks"] == "fixed" else f"{row['model']}, packed"
-            lines.append(f"| {model} | {row['images_s']:,.4g} | {faster} | {row['mfu']:.0%} |")
-    return "\n".join(lines) + "\n"
+            lines.append([model, f"{row['images_s']:,.4g}", *faster, f"{row['mfu']:.0%}"])
+    columns = "ViT|>ours, images/s|>x `eager`|>x `tuned`|>of the best matrix product's rate"
+    return head + "\n".join(records.table(columns, lines)) + "\n"
 
 
 def feeds(rows: list[Row]) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    lines = [
-        f"The feed, images/s per core, commit {commits} (`python -m bench.data`):",
-        "",
-        "| images | ours from files | ours from shards | best rival |",
-        "| --- | --: | --: | --- |",
-    ]
+    lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         here = [row for row in rows if row["case"] == case]
         ours = {"shards" in row["variant"]: row["images_per_cpu_s"] for row in here if row["role"] == "ours"}
         best = max((row for row in here if row["role"] == "rival"), key=lambda row: row["images_per_cpu_s"])
-        cells = " | ".join(f"{ours[key]:,.0f} ({ours[key] / best['images_per_cpu_s']:.2f}x)" for key in (False, True))
-        lines.append(f"| {case} | {cells} | {best['variant']}: {best['images_per_cpu_s']:,.0f} |")
-    return "\n".join(lines) + "\n"
+        cells = [f"{ours[key]:,.0f} ({ours[key] / best['images_per_cpu_s']:.2f}x)" for key in (False, True)]
+        lines.append([case, *cells, f"{best['variant']}: {best['images_per_cpu_s']:,.0f}"])
+    head = f"The feed, images/s per core, commit {commits} (`python -m bench.data`):\n\n"
+    return head + "\n".join(records.table("images|>ours from files|>ours from shards|best rival", lines)) + "\n"
 
 
 def draw(results: Path) -> None:

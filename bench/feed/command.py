@@ -60,8 +60,7 @@ def benchmark(arguments: argparse.Namespace, device: str) -> int:
         for row in measured(arguments, device, Path(work)):
             rows.append({**common, **row})
             records.append(arguments.json, rows[-1])
-            line = {"waits": report.wait_line, "index": report.index_line}.get(row["case"], report.rate_line)
-            print(line(row), flush=True)
+            print(report.line(row), flush=True)
     if arguments.markdown is not None:
         arguments.markdown.write_text(report.markdown(rows))
     return 0 if all(row["role"] != "ours" or row["status"] in ("ok", "not run") for row in rows) else 1

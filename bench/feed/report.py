@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.ops.report import where
-from bench.records import Row
+from bench.records import Row, problem, table
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -14,35 +14,25 @@ def markdown(rows: Sequence[Row]) -> str:
         return ""
     parts = [f"## data\n\n{where(rows)} {rows[0]['workers']} threads or worker processes.\n"]
     parts += [f"{index_line(row)}\n" for row in rows if row["case"] == "index"]
-    rates = [row for row in rows if row["case"] not in ("index", "waits")]
-    if rates:
-        parts.append(
-            "| images | reader | images/s [p20, p80] | images/s per core [p20, p80] | x best rival | x best rival per "
-            "core | note |\n|" + " --- |" * 7
-        )
-        parts[-1] += "".join(f"\n{rate_line(row)}" for row in rates) + "\n"
-    waits = [row for row in rows if row["case"] == "waits"]
-    if waits:
-        parts.append(
-            "| waits of | images | batch | step ms | step ms without the feed | wait ms: median, p95, most | share of "
-            "the time waited | steps over 1 ms, over 1 % | note |\n|" + " --- |" * 9
-        )
-        parts[-1] += "".join(f"\n{wait_line(row)}" for row in waits) + "\n"
+    for name, make in (("rates", rate_table), ("waits", wait_table)):
+        if own := [row for row in rows if row["case"] != "index" and (row["case"] == "waits") == (name == "waits")]:
+            parts.append("\n".join(make(own)) + "\n")
     return "\n".join(parts)
 
 
-def _note(row: Row) -> str:
-    notes = [] if row["status"] == "ok" else [row["status"] + (f": {row['reason']}" if row["reason"] else "")]
-    if row.get("delivers"):
-        notes.append(row["delivers"])
-    if row.get("precision"):
-        notes.append(f"{row['precision']}, {row['compiled']}")
-    return "; ".join(notes).replace("|", "/")
+def line(row: Row) -> str:
+    """Return a row as a line, for the terminal."""
+    if row["case"] == "index":
+        return index_line(row)
+    return (wait_table if row["case"] == "waits" else rate_table)([row])[-1]
 
 
-def rate_line(row: Row) -> str:
-    """Return a reader's rates as a line of the table."""
+def rate_table(rows: Sequence[Row]) -> list[str]:
+    columns = "images|reader|images/s [p20, p80]|images/s per core [p20, p80]|x best rival|x best rival per core|note"
+    return table(columns, map(_rates, rows))
 
+
+def _rates(row: Row) -> list[str]:
     def rate(name: str) -> str:
         return f"{row[name]:,.0f} [{row[f'{name}_p20']:,.0f}, {row[f'{name}_p80']:,.0f}]" if name in row else ""
 
@@ -51,7 +41,23 @@ def rate_line(row: Row) -> str:
 
     name = f"**{row['variant']}**" if row["role"] == "ours" else row["variant"] or ""
     both = ("images_per_s", "images_per_cpu_s")
-    return "| " + " | ".join([row["case"], name, *map(rate, both), *map(ratio, both), _note(row)]) + " |"
+    return [row["case"], name, *map(rate, both), *map(ratio, both), _note(row)]
+
+
+def wait_table(rows: Sequence[Row]) -> list[str]:
+    columns = "waits of|images|batch|step ms|step ms without the feed|wait ms: median, p95, most|"
+    return table(columns + "share of the time waited|steps over 1 ms, over 1 %|note", map(_waits, rows))
+
+
+def _waits(row: Row) -> list[str]:
+    if "step_ms" not in row:
+        return [row["variant"], row["images"] or "", _note(row)]
+    waits = ", ".join(f"{row[name]:.2f}" for name in ("wait_ms_median", "wait_ms_p95", "wait_ms_max"))
+    return [
+        row["variant"], row["images"], str(row["batch_size"]), f"{row['step_ms']:.1f}",
+        f"{row['step_ms_without_feed']:.1f}", waits, f"{row['share_waited']:.2%}",
+        f"{row['steps_over_1_ms']:.0%}, {row['steps_over_1_percent']:.0%}", _note(row),
+    ]  # fmt: skip
 
 
 def index_line(row: Row) -> str:
@@ -65,14 +71,10 @@ def index_line(row: Row) -> str:
     )
 
 
-def wait_line(row: Row) -> str:
-    """Return the waits of a preset as a line of the table."""
-    if "step_ms" not in row:
-        return f"| {row['variant']} | {row['images'] or ''} |" + " |" * 6 + f" {_note(row)} |"
-    waits = ", ".join(f"{row[name]:.2f}" for name in ("wait_ms_median", "wait_ms_p95", "wait_ms_max"))
-    cells = [
-        row["variant"], row["images"], str(row["batch_size"]), f"{row['step_ms']:.1f}",
-        f"{row['step_ms_without_feed']:.1f}", waits, f"{row['share_waited']:.2%}",
-        f"{row['steps_over_1_ms']:.0%}, {row['steps_over_1_percent']:.0%}", _note(row),
-    ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
+def _note(row: Row) -> str:
+    notes = [] if row["status"] == "ok" else [problem(row)]
+    if row.get("delivers"):
+        notes.append(row["delivers"])
+    if row.get("precision"):
+        notes.append(f"{row['precision']}, {row['compiled']}")
+    return "; ".join(notes)

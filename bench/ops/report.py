@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.records import Row
+from bench.records import Row, problem, table
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -12,11 +12,7 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = []
     for operation in dict.fromkeys(row["op"] for row in rows):
         own = [row for row in rows if row["op"] == operation]
-        parts.append(f"## {operation}\n\n{where(own)}\n")
-        header = ["case", "variant", "median [p20, p80] us", "GB/s", "TFLOP/s", "% of ceiling", "x best rival",
-                  "extra MiB", "host us", "error", "note"]  # fmt: skip
-        parts.append(" | ".join(["", *header, ""]).strip() + "\n" + "|" + " --- |" * len(header))
-        parts[-1] += "".join(f"\n{table_line(row)}" for row in own if row["case"] != "ceiling") + "\n"
+        parts.append("\n".join([f"## {operation}\n\n{where(own)}\n", *operation_table(own)]) + "\n")
     return "\n".join(parts)
 
 
@@ -38,9 +34,12 @@ def where(rows: Sequence[Row]) -> str:
     return f"{machine}; {row['dtype']}; {software}; {commit}; {row['date']}.{ceilings}{warnings}"
 
 
-def table_line(row: Row) -> str:
-    """Return a row as a line of the table."""
+def operation_table(rows: Sequence[Row]) -> list[str]:
+    columns = "case|variant|median [p20, p80] us|GB/s|TFLOP/s|% of ceiling|x best rival|extra MiB|host us|error|note"
+    return table(columns, (_cells(row) for row in rows if row["case"] != "ceiling"))
 
+
+def _cells(row: Row) -> list[str]:
     def number(key: str, spec: str = "", scale: float = 1.0) -> str:
         if row.get(key) is None:
             return ""
@@ -51,7 +50,7 @@ def table_line(row: Row) -> str:
     if "median_ms" in row:
         median, p20, p80 = (number(key, scale=1e3) for key in ("median_ms", "p20_ms", "p80_ms"))
         time_us = f"{median} [{p20}, {p80}]"
-    notes = [] if row["status"] == "ok" else [row["status"] + (f": {row['reason']}" if row["reason"] else "")]
+    notes = [] if row["status"] == "ok" else [problem(row)]
     if row.get("items_per_s"):
         notes.append(f"{number('items_per_s')} {row['item']}/s")
     if row.get("time_over_yardstick") and row["role"] != "yardstick":
@@ -59,10 +58,9 @@ def table_line(row: Row) -> str:
         notes.append(f"time x {row['time_over_yardstick']:.2f}{memory} of the yardstick")
     if row.get("method") == "queue":
         notes.append("starved by the host" if row["starved"] else "not captured")
-    cells = [
-        f"{row['case']} {row['direction']}".strip(), f"**{row['variant']}**" if row.get("role") == "ours" else
-        row["variant"] or "", time_us, number("gb_s"), number("tflop_s"), number("percent_of_ceiling", ".0f"),
-        number("speedup_over_best_rival", ".2f"), number("extra_mib"), number("host_us"), number("error", ".1g"),
-        "; ".join(notes).replace("|", "/"),
+    name = f"**{row['variant']}**" if row.get("role") == "ours" else row["variant"] or ""
+    return [
+        f"{row['case']} {row['direction']}".strip(), name, time_us, number("gb_s"), number("tflop_s"),
+        number("percent_of_ceiling", ".0f"), number("speedup_over_best_rival", ".2f"), number("extra_mib"),
+        number("host_us"), number("error", ".1g"), "; ".join(notes),
     ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"

@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
         records.append(arguments.json, row)
         if row["case"] != "ceiling":
-            print(report.table_line(row), flush=True)
+            print(report.operation_table([row])[-1], flush=True)
 
     good = True
     for name in arguments.names:

@@ -82,21 +82,17 @@ def rows(
 
 
 def table(found: Sequence[Row]) -> list[str]:
-    lines = [
-        "| model | GPUs | images/GPU | shards | " + " | ".join(WORK) + " | waits: "
-        + " | ".join(WAITS) + " | step ms | efficiency | images/s | first bottleneck |",
-        "| --- |" + " --: |" * (len(WORK) + len(WAITS) + 6) + " --- |",
-    ]  # fmt: skip
+    lines = []
     for row in found:
         phases = row["phases_ms"]
         cells = [phases.get(name, 0.0) for name in WORK]
         cells += [sum(ms for key, ms in phases.items() if key.startswith(f"{name} over ")) for name in WAITS]
-        lines.append(
-            f"| {row['model']} | {row['gpus']:,} | {row['images_per_gpu']} | {row['shards']} | "
-            + " | ".join(f"{cell:.3g}" for cell in cells)
-            + f" | {row['step_ms']:.4g} | {row['efficiency']:.1%} | {row['images_s']:,.0f} | {row['bottleneck']} |"
-        )
-    return lines
+        start = [row["model"], f"{row['gpus']:,}", str(row["images_per_gpu"]), str(row["shards"])]
+        end = [f"{row['step_ms']:.4g}", f"{row['efficiency']:.1%}", f"{row['images_s']:,.0f}", row["bottleneck"]]
+        lines.append([*start, *(f"{cell:.3g}" for cell in cells), *end])
+    start, end = "model|>GPUs|>images/GPU|>shards|>", "|>step ms|>efficiency|>images/s|first bottleneck"
+    waits = "|>".join(f"wait: {name}" for name in WAITS)
+    return records.table(start + "|>".join(WORK) + "|>" + waits + end, lines)
 
 
 def figure(record: Row) -> Figure:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 
 from bench import plots
-from bench.records import Row
+from bench.records import Row, problem, table
 
 if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,101 +100,73 @@ def caption(record: Row) -> str:
 
 
 def step_table(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "| model | masks | trainer | images/s | ms a step [p20, p80] | x eager | x tuned | MFU % | peak MiB | note |",
-        "| --- | --- | --- | --: | --: | --: | --: | --: | --: | --- |",
-    ]
-    for row in rows:
-        name = f"**{row['rival']}**" if row["rival"].startswith("ours") else row["rival"]
-        start = f"| {row['model']} | {row['masks']} | {name} | "
-        if row["status"] != "ok":
-            lines.append(start + f"| | | | | | {row['status']}: {cell(row['reason'])} |")
-            continue
-        faster = [f"{row['speedup'][base]:.2f}" if base in row["speedup"] else "" for base in BASES]
-        if row["role"] == "yardstick":
-            faster = ["", ""]
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
-        note = "encoder alone, less work than a step" if row["role"] == "yardstick" else row["note"] or ""
-        mfu = "" if row["role"] == "yardstick" else f"{100 * row['mfu']:.0f}"
-        lines.append(
-            f"{start}{row['images_s']:,.4g} | {row['median_ms']:,.4g} [{row['p20_ms']:,.4g}, {row['p80_ms']:,.4g}] | "
-            f"{faster[0]} | {faster[1]} | {mfu} | {peak} | {cell(note)} |"
-        )
-    return lines
+    columns = "model|masks|trainer|>images/s|>ms a step [p20, p80]|>x eager|>x tuned|>MFU %|>peak MiB|note"
+    return table(columns, map(_step, rows))
+
+
+def _step(row: Row) -> list[str]:
+    start = [row["model"], row["masks"], f"**{row['rival']}**" if row["rival"].startswith("ours") else row["rival"]]
+    if row["status"] != "ok":
+        return [*start, problem(row)]
+    start += [f"{row['images_s']:,.4g}", f"{row['median_ms']:,.4g} [{row['p20_ms']:,.4g}, {row['p80_ms']:,.4g}]"]
+    if row["role"] == "yardstick":
+        return [*start, "", "", "", _peak(row), "encoder alone, less work than a step"]
+    return [*start, *_speedups(row), f"{100 * row['mfu']:.0f}", _peak(row), row["note"] or ""]
+
+
+def _speedups(row: Row) -> list[str]:
+    return [f"{row['speedup'][base]:.2f}" if base in row["speedup"] else "" for base in BASES]
+
+
+def _peak(row: Row) -> str:
+    return "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
 
 
 def phase_table(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "Phases in ms and share. Each ends with a wait for the device, so their sum exceeds the step above:",
-        "",
-        "| model | masks | trainer | " + " | ".join(PHASES) + " |",
-        "| --- | --- | --- |" + " --: |" * len(PHASES),
-    ]
+    lines = []
     for row in rows:
         if phases := row.get("phases"):
             part = shares(phases)
             cells = [f"{phases[name]:,.3g} ({part[name]:.0%})" if name in phases else "" for name in PHASES]
-            lines.append(f"| {row['model']} | {row['masks']} | {row['rival']} | " + " | ".join(cells) + " |")
-    return lines
+            lines.append([row["model"], row["masks"], row["rival"], *cells])
+    head = "Phases in ms and share. Each ends with a wait for the device, so their sum exceeds the step above:"
+    return [head, "", *table("|>".join(["model|masks|trainer", *PHASES]), lines)]
 
 
 def waterfall_table(fall: Row) -> list[str]:
-    lines = [
-        f"The waterfall of {fall['model']}, {fall['masks']} masks; a rung takes turns with the one before it:",
-        "",
-        "| what changes | trainer | x the rung before | x the first |",
-        "| --- | --- | --: | --: |",
-    ]
+    lines = []
     for rung in fall["rungs"]:
-        if rung["status"] == "ok":
-            factor = f"{rung['factor']:.3f}" if "factor" in rung else ""
-            lines.append(f"| {rung['label']} | `{rung['rival']}` | {factor} | {rung['total']:.2f} |")
-        else:
-            lines.append(f"| {rung['label']} | `{rung['rival']}` | {rung['status']}: {cell(rung['reason'])} | |")
+        factor = f"{rung['factor']:.3f}" if "factor" in rung else ""
+        ran = [factor, f"{rung['total']:.2f}"] if rung["status"] == "ok" else [problem(rung)]
+        lines.append([rung["label"], f"`{rung['rival']}`", *ran])
     if fall["direct"] is not None:
-        lines.append(f"| the last beside the first, one pair | | | {fall['direct']:.2f} |")
-    return lines
+        lines.append(["the last beside the first, one pair", f"{fall['direct']:.2f}"])
+    head = f"The waterfall of {fall['model']}, {fall['masks']} masks; a rung takes turns with the one before it:"
+    return [head, "", *table("what changes|trainer|>x the rung before|>x the first", lines)]
 
 
 def startup_table(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "Seconds from the start of a fresh process to the end of its first step, `import torch` included:",
-        "",
-        "| model | trainer | empty compile cache | warm | peak MiB |",
-        "| --- | --- | --: | --: | --: |",
-    ]
+    lines = []
     for row in rows:
-        if row["status"] == "ok":
-            peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"
-            lines.append(f"| {row['model']} | {row['rival']} | {row['cold_s']:.1f} | {row['warm_s']:.1f} | {peak} |")
-        else:
-            lines.append(f"| {row['model']} | {row['rival']} | {row['status']}: {cell(row['reason'])} | | |")
-    return lines
+        ran = row["status"] == "ok"
+        cells = [f"{row['cold_s']:.1f}", f"{row['warm_s']:.1f}", _peak(row)] if ran else [problem(row)]
+        lines.append([row["model"], row["rival"], *cells])
+    head = "Seconds from the start of a fresh process to the end of its first step, `import torch` included:"
+    return [head, "", *table("model|trainer|>empty compile cache|>warm|>peak MiB", lines)]
 
 
 def feed_table(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "Steps fed from JPEGs; each trainer draws its own masks (`tuned` draws ours):",
-        "",
-        "| model | trainer | decoder | images/s | x eager | x tuned | ms a step | of it wait for data | "
-        "masks, us an image |",
-        "| --- | --- | --- | --: | --: | --: | --: | --: | --: |",
-    ]
+    lines = []
     for row in rows:
-        if row["status"] == "ok":
-            faster = " | ".join(f"{row['speedup'][base]:.2f}" if base in row["speedup"] else "" for base in BASES)
-            lines.append(
-                f"| {row['model']} | {row['rival']} | {row['note']} | {row['images_s']:,.4g} | {faster} | "
-                f"{row['median_ms']:,.4g} | "
-                f"{row['wait_ms']:,.3g} ({row['wait_ms'] / row['median_ms']:.0%}) | {row['mask_us']:.3g} |"
-            )
-        else:
-            lines.append(f"| {row['model']} | {row['rival']} | {row['status']}: {cell(row['reason'])} |" + " |" * 6)
-    return lines
-
-
-def cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")
+        start = [row["model"], row["rival"]]
+        if row["status"] != "ok":
+            lines.append([*start, problem(row)])
+            continue
+        wait = f"{row['wait_ms']:,.3g} ({row['wait_ms'] / row['median_ms']:.0%})"
+        cells = [f"{row['images_s']:,.4g}", *_speedups(row), f"{row['median_ms']:,.4g}", wait, f"{row['mask_us']:.3g}"]
+        lines.append([*start, row["note"], *cells])
+    columns = "model|trainer|decoder|>images/s|>x eager|>x tuned|>ms a step|>of it wait for data|>masks, us an image"
+    return ["Steps fed from JPEGs; each trainer draws its own masks (`tuned` draws ours):", "", *table(columns, lines)]
 
 
 def figure(record: Row) -> Figure:
