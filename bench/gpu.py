@@ -1,20 +1,16 @@
-"""Everything that only a GPU can tell, in one command that fits a lease:  python -m bench.gpu --out DIR --minutes 9
+"""All measurements that need a GPU, in one command with a limit of time:  python -m bench.gpu --out DIR --minutes 9
 
 Sections: the machine, the tests that need a GPU, whole steps beside reference trainers, the operations against their
 rivals, the feed against its rivals, a short real training, the compile report for this GPU.
-Each is a process of its own with a share of the time; what one leaves over goes to those behind it. A section that
-fails or runs out of time is recorded and does not stop the rest. DIR is written as results come, as the machine may
-vanish:
+Each is a process of its own with a share of the time; unused time goes to later sections. A section that fails or runs
+out of time is recorded and does not stop the rest. DIR is written as results come, as the machine may vanish:
 
     results.md     the report to read        results.json   the sections, and the attention table
     bench.jsonl    rows of bench.run         compile.jsonl  rows of bench.compile_report
     data.jsonl     rows of bench.data        step.json      the record of bench.step
-    train.json     figures of a short run    log.txt        everything that was printed, nvidia-smi and pip first
-
-Eight files, which is what such a machine gives back.
+    train.json     figures of a short run    log.txt        all output, nvidia-smi and pip first
 
 The feed and the training need DALI, and take their images from $BENCH_IMAGENET and $BENCH_CIFAR or make some.
-
 Runs from a plain checkout. Exit code 1 if a section failed or was not finished, 2 without a GPU.
 """
 
@@ -34,11 +30,14 @@ from typing import Any
 
 import torch
 
-from bench import data, run, short_run, step_report
+from bench import records, short_run
+from bench.feed import report as feed_report
+from bench.ops import report as ops_report
+from bench.ops import run
+from bench.step import report as step_report
 from cjepa_fast.ops._attention import BACKENDS, TOKENS
 
-ROOT = Path(__file__).parents[1]
-# the most telling first; an operation's own tests are part of its section
+# the most important first; an operation's tests run within its section
 SHARES = {
     "attention": 10,
     "prediction_loss": 4,
@@ -47,11 +46,11 @@ SHARES = {
     "variance_covariance": 6,
     "masks": 4,
 }
-_LEAST_S = 10  # below this a section would only start
+_LEAST_S = 10  # a section needs this to do more than start
 
 
 def sections(out: Path, rehearsal: bool) -> dict[str, tuple[float, list[str]]]:
-    """Share of the time and command of each section; `{seconds}` stands for its limit."""
+    """Return the share of the time and the command of each section; `{seconds}` stands for the section's limit."""
     python = sys.executable
     tests = [python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     arch = "90" if rehearsal else "".join(map(str, torch.cuda.get_device_capability()))
@@ -75,7 +74,7 @@ def sections(out: Path, rehearsal: bool) -> dict[str, tuple[float, list[str]]]:
             ])
             for name in timed
         },
-        # a compiled step would spend the time on compiling
+        # uncompiled: compiling the steps would take all of the time
         "bench data": (8, [
             python, "-m", "bench.data", "--seconds", "{seconds}", "--json", str(out / "data.jsonl"), "--compile", "off",
             "--rounds", "3", "--window", "0.5", *extra,
@@ -90,21 +89,24 @@ def sections(out: Path, rehearsal: bool) -> dict[str, tuple[float, list[str]]]:
 
 
 def run_section(command: list[str], limit: float, log: Path) -> tuple[str, int | None]:
-    """Status ("ok", "failed" or "out of time") and exit code of a command whose output goes to the end of `log`."""
+    """Run a command, its output appended to `log`; return its status (ok, failed, out of time) and exit code."""
     with log.open("ab") as output:
         output.write(f"\n$ {shlex.join(command)}\n".encode())
         output.flush()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=records.ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # a group of its own: its workers, too
+            os.killpg(process.pid, signal.SIGKILL)  # the group holds its workers, too
             process.wait()
             return "out of time", None
     return ("ok" if code == 0 else "failed"), code
 
 
 def describe_machine() -> int:
+    """Print the driver, the processor and the installed packages."""
     commands = (["nvidia-smi"], ["nvidia-smi", "-q"], ["nvcc", "--version"], ["lscpu"], ["uname", "-a"],
                 [sys.executable, "--version"], [sys.executable, "-m", "pip", "list"])  # fmt: skip
     for command in commands:
@@ -117,14 +119,8 @@ def describe_machine() -> int:
     return 0
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a JSONL file; the last may be torn where a process was killed."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def attention_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows for MEASURED in cjepa_fast/ops/_attention.py: back-ends by time forward and backward, fastest first."""
+    """Return rows for MEASURED in cjepa_fast/ops/_attention.py: backends by time forward and backward."""
     points: dict[tuple[str, int, int], list[tuple[float, str]]] = {}
     for row in rows:
         shape = re.match(r"(?:context|predictor|target) \w+ n=(\d+) d=(\d+) ", row["case"])
@@ -146,14 +142,16 @@ def attention_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def write_report(out: Path, record: dict[str, Any]) -> None:
-    rows = read_rows(out / "bench.jsonl")
+    """Write results.json and results.md from all that has been measured so far."""
+    rows = records.read(out / "bench.jsonl")
     record["attention"] = attention_table(rows)
-    _replace(out / "results.json", json.dumps(record, indent=1) + "\n")
-    title = "Rehearsal on a CPU: proves that the pieces fit, the figures mean nothing" if record["rehearsal"] else "GPU"
-    text = [f"# {title}\n", "| section | status | seconds | limit |", "| --- | --- | --- | --- |"]
+    records.write(out / "results.json", json.dumps(record, indent=1) + "\n")
+    title = "Rehearsal on a CPU: a trial of the flow, the figures mean nothing" if record["rehearsal"] else "GPU"
+    lines = []
     for section in record["sections"]:
-        seconds, limit = (f"{section[key]:.0f}" if section.get(key) else "" for key in ("seconds", "limit"))
-        text.append(f"| {section['name']} | {section['status']} | {seconds} | {limit} |")
+        spent = [f"{section[key]:.0f}" if section.get(key) else "" for key in ("seconds", "limit")]
+        lines.append([section["name"], section["status"], *spent])
+    text = [f"# {title}\n", *records.table("section|status|seconds|limit", lines)]
     if record["attention"]:
         text.append(
             "\nFor MEASURED in cjepa_fast/ops/_attention.py:\n\n```python\n" + "\n".join(record["attention"]) + "\n```"
@@ -161,16 +159,10 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
     parts = ["\n".join(text) + "\n"]
     if (out / "step.json").exists():
         parts.append(step_report.markdown(json.loads((out / "step.json").read_text())))
-    parts += [run.markdown(rows), data.markdown(read_rows(out / "data.jsonl"))]
+    parts += [ops_report.markdown(rows), feed_report.markdown(records.read(out / "data.jsonl"))]
     if (out / "train.json").exists():
         parts.append(short_run.markdown(json.loads((out / "train.json").read_text())))
-    _replace(out / "results.md", "\n".join(parts))
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
+    records.write(out / "results.md", "\n".join(parts))
 
 
 def main() -> int:
@@ -178,7 +170,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for the results; must not exist or be empty")
     parser.add_argument("--minutes", type=float, default=9.0, help="everything ends within this [9]")
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections alone, e.g. --only 'bench masks'")
-    parser.add_argument("--cpu-rehearsal", action="store_true", help="run the whole flow on a CPU with small sizes")
+    parser.add_argument("--cpu-rehearsal", action="store_true", help="try the whole flow on a CPU with small sizes")
     parser.add_argument("--describe-machine", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.describe_machine:
@@ -196,14 +188,14 @@ def main() -> int:
 
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * arguments.minutes - 5  # the reports take some seconds, too
+    deadline = time.monotonic() + 60 * arguments.minutes - 5  # seconds for the reports
     plan = sections(out, arguments.cpu_rehearsal)
     if arguments.only and (unknown := [name for name in arguments.only if name not in plan]):
         parser.error(f"unknown section {unknown[0]!r}; known: {', '.join(plan)}")
     wanted = {name: plan[name] for name in plan if not arguments.only or name in arguments.only}
     record: dict[str, Any] = {
         "rehearsal": arguments.cpu_rehearsal,
-        "environment": run.environment("cpu" if arguments.cpu_rehearsal else "cuda"),
+        "environment": records.environment("cpu" if arguments.cpu_rehearsal else "cuda"),
         "sections": [{"name": name, "status": "not run"} for name in wanted],
     }
     for index, (name, (share, command)) in enumerate(wanted.items()):

@@ -1,17 +1,15 @@
-"""How time and memory of a training step grow with batch, tokens, depth and width:  python -m bench.growth --json FILE
+"""The growth of a step's time and memory with batch, tokens, depth and width:  python -m bench.growth --json FILE
 
 On the CPU, with small models. The exponent of a quantity is the slope of its logarithm over that of the size, by least
 squares. Time is the median over rounds in which all sizes take turns. Memory is the bytes that one step saves for its
-backward pass, counted and not timed, so that it repeats exactly. Beside each stands the exponent of the model
-(`engine.cost`) over the same sizes: a step may grow more slowly than its FLOP, because small products reach less of
-the processor's rate, but not faster by more than `MARGIN`, which would be work or memory that nobody meant. Exit code
-1 if it does.
+backward pass: counted, so the figure repeats exactly. Beside each stands the exponent that the method's FLOP and saved
+bytes have over the same sizes. A step may grow more slowly, as small products reach less of the processor's rate. A
+step that grows faster by more than `MARGIN` does unexpected work: exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -25,17 +23,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import run, trainers
-from cjepa_fast.config import Config, World
-from cjepa_fast.config import schema as config
+from bench import flop, records
+from bench.records import Row
+from bench.step import trainers
+from cjepa_fast import config
+from cjepa_fast.config import Config
 from cjepa_fast.config.presets import PRESETS
-from cjepa_fast.engine import cost
-
-Row = dict[str, Any]
 
 MARGIN = 0.15  # of an exponent; a hidden product over all pairs would add 1
 _TURN_S = 0.3  # least length of a turn
-_WIDTH, _DEPTH, _SIDE, _BATCH = 192, 4, 128, 8  # what stays while one of them grows; the side in pixels, patches of 16
+_WIDTH, _DEPTH, _SIDE, _BATCH = 192, 4, 128, 8  # sizes while another grows; the side in pixels, patches of 16
 
 AXES: dict[str, tuple[int, ...]] = {
     "batch": (4, 8, 16, 32), "tokens": (96, 128, 192, 256), "depth": (2, 4, 8, 16), "width": (96, 192, 384, 768),
@@ -44,7 +41,7 @@ _QUICK = {"batch": (4, 8), "tokens": (96, 128), "depth": (2, 4), "width": (96, 1
 
 
 class Size(NamedTuple):
-    """Images of a step, side of an image in pixels, depth and width of the encoder; the predictor has half of both."""
+    """Images of a step, side of an image in pixels, depth and width of the encoder. The predictor has half of both."""
 
     batch: int = _BATCH
     tokens: int = _SIDE
@@ -53,7 +50,7 @@ class Size(NamedTuple):
 
 
 class Grown(NamedTuple):
-    """A step of one size that can run, and what the model says of it."""
+    """A trainer and a batch of one size, and the FLOP and saved bytes of the method."""
 
     size: int  # along its axis; patches for tokens
     trainer: Any
@@ -63,14 +60,14 @@ class Grown(NamedTuple):
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The exponent p of values ~ sizes^p, by least squares of the logarithms."""
+    """Return the exponent p of values ~ sizes^p, by least squares of the logarithms."""
     x, y = ([math.log(value) for value in column] for column in (sizes, values))
     centre = statistics.fmean(x)
     return sum((a - centre) * b for a, b in zip(x, y, strict=True)) / sum((a - centre) ** 2 for a in x)
 
 
 def configure(size: Size) -> Config:
-    """C-JEPA's recipe around an encoder of this size, fp32."""
+    """Return C-JEPA's recipe around an encoder of this size, fp32."""
     return config.replace(
         PRESETS["cjepa_vit_small16_in1k"],
         {
@@ -82,32 +79,58 @@ def configure(size: Size) -> Config:
 
 
 def build(axis: str, value: int) -> Grown:
-    """Our step as `bench.step` builds it, with one batch of random images."""
+    """Build our step of one size, as `bench.step` does, with a batch of random images."""
     size = Size()._replace(**{axis: value})
     shape = config.VitShape(size.width, size.depth, 3)
     with mock.patch.dict(config.ENCODERS, {"grown": shape}):
         c = configure(size)
         config.validate(c)
         trainer = trainers.build(trainers.Spec("ours", {}), c, torch.device("cpu"))
-        images, masks = trainers.sample(c, size.batch, 1)[0]
-        tokens = trainers.mean_context(masks), masks.target.shape[2]
-        gflop = cost.gflop_per_image(c, context_tokens=tokens[0], target_tokens=tokens[1]).total * size.batch
-        memory = cost.memory_bytes(c, World(), *tokens)
+        (drawn,) = trainers.sample(c, size.batch, 1)
+        context, target = trainers.mean_context(drawn.masks), drawn.masks.target.shape[2]
+        gflop = flop.gflop_per_image(c, context_tokens=context, target_tokens=target).total * size.batch
+        kept = expected_bytes(c, context, target)
     patches = (size.tokens // c.model.patch_size) ** 2
-    kept = memory.context + memory.predictor
-    return Grown(
-        patches if axis == "tokens" else value, trainer, trainer.batch(images, masks), gflop, kept
-    )  # fmt: skip
+    return Grown(patches if axis == "tokens" else value, trainer, trainer.batch(drawn), gflop, kept)
+
+
+def expected_bytes(c: Config, context_tokens: float, target_tokens: float) -> float:
+    """Return the bytes that a step in fp32 needs to save for its backward pass.
+
+    A block saves its input, the input of its second half, both norms' outputs, q, k, v, the attention's output, and the
+    MLP's hidden values before and after GELU: (8 + 2 mlp_ratio) D values a token, and a few statistics. The predictor's
+    first block saves inputs and norms once for each unique token, its last block only what target tokens need.
+    """
+    encoder, predictor = flop.shapes(c)
+    wide, narrow, hidden = encoder.width, predictor.width, round(predictor.width * predictor.mlp_ratio)
+    images, blocks = c.optim.batch_size, c.mask.num_targets
+    patches = (c.model.image_size // c.model.patch_size) ** 2
+    context, targets = images * context_tokens, images * blocks * target_tokens
+    tokens = blocks * context + targets  # of the predictor
+
+    def kept(shape: config.VitShape, tokens: float) -> float:
+        values = 8 * shape.width + 2 * round(shape.width * shape.mlp_ratio)
+        return shape.depth * tokens * (4 * values + 4 * shape.heads + 16)
+
+    encoded = kept(encoder, context) + 4 * context * (2 * wide + 3 * c.model.patch_size**2)
+    first = 2 * narrow * (tokens - context - patches)
+    last = (5 * narrow + 2 * hidden) * (tokens - targets) - narrow * targets
+    ends = narrow * (tokens + targets) + wide * targets + 2 * wide * targets  # around the blocks, and the loss
+    predicted = kept(predictor, tokens) + 4 * (ends - first - last)
+    projected = flop.projector_widths(c)
+    statistics = blocks * min(images, projected[-1]) ** 2  # Gram form for few images
+    layers = images * blocks * (wide + 2 * sum(projected) - projected[-1])
+    return encoded + predicted + 4 * (layers + statistics)
 
 
 def saved_bytes(grown: Grown) -> int:
-    """Bytes of all tensors but weights that autograd keeps for the backward pass of one step, each memory once."""
+    """Count the bytes that autograd saves for the backward pass of one step, weights left out, each memory once."""
     weights = {p.untyped_storage().data_ptr() for p in grown.trainer.networks.state_dict(keep_vars=True).values()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if (start := tensor.untyped_storage().data_ptr()) not in weights:
-            kept[start] = tensor  # held, so that no other tensor gets its memory
+            kept[start] = tensor  # a reference, or another tensor might get this memory
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -116,7 +139,7 @@ def saved_bytes(grown: Grown) -> int:
 
 
 def take_turns(grown: Sequence[Grown], rounds: int) -> list[float]:
-    """Median milliseconds a step of each."""
+    """Return the median milliseconds a step of each size."""
     times: list[list[float]] = [[] for _ in grown]
     steps = []
     for one in grown:
@@ -124,7 +147,7 @@ def take_turns(grown: Sequence[Grown], rounds: int) -> list[float]:
         steps.append(max(1, round(_TURN_S / _seconds(one, 1))))
     for turn in range(rounds):
         for index in range(len(grown)):
-            which = (index + turn) % len(grown)  # what ran before leaves its heat and its cache
+            which = (index + turn) % len(grown)  # the order turns: the step before leaves its heat and its cache
             times[which].append(1e3 * _seconds(grown[which], steps[which]))
     return [statistics.median(milliseconds) for milliseconds in times]
 
@@ -137,7 +160,7 @@ def _seconds(grown: Grown, steps: int) -> float:
 
 
 def measure(axis: str, values: Sequence[int], rounds: int) -> Row:
-    """The row of one axis: sizes, what was measured, both exponents of each, and the verdict."""
+    """Measure one axis: times, bytes, exponents and the verdict."""
     grown = [build(axis, value) for value in values]
     sizes = [one.size for one in grown]
     kept = [saved_bytes(one) for one in grown]
@@ -153,7 +176,7 @@ def exponents(
     sizes: Sequence[float], times: Sequence[float], kept: Sequence[float], gflop: Sequence[float],
     model_bytes: Sequence[float],
 ) -> Row:  # fmt: skip
-    """Measured and expected exponents, and whether neither measured one exceeds its model's by more than `MARGIN`."""
+    """Return measured and expected exponents, and a surprise where a measured one is larger by more than `MARGIN`."""
     found = {
         "time": slope(sizes, times), "time_expected": slope(sizes, gflop),
         "memory": slope(sizes, kept), "memory_expected": slope(sizes, model_bytes),
@@ -163,21 +186,18 @@ def exponents(
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        "| grows | sizes | ms a step | exponent of time | of FLOP | MB saved for backward | exponent of memory | "
-        "of the model | verdict |",
-        "| --- | --- | --- | --: | --: | --- | --: | --: | --- |",
-    ]
+    lines = []
     for row in rows:
         sizes, times, kept = (
             " ".join(f"{value / unit:,.4g}" for value in row[key])
             for key, unit in (("sizes", 1), ("median_ms", 1), ("saved_bytes", 1e6))
         )
-        lines.append(
-            f"| {row['axis']} | {sizes} | {times} | {row['time']:.2f} | {row['time_expected']:.2f} | {kept} | "
-            f"{row['memory']:.2f} | {row['memory_expected']:.2f} | {row['verdict']} |"
+        time, flops, memory, expected = (
+            f"{row[name]:.2f}" for name in ("time", "time_expected", "memory", "memory_expected")
         )
-    return lines
+        lines.append([row["axis"], sizes, times, time, flops, kept, memory, expected, row["verdict"]])
+    columns = "grows|sizes|ms a step|>exponent of time|>of FLOP|MB saved for backward|>exponent of memory|>of the model"
+    return records.table(f"{columns}|verdict", lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -185,25 +205,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES), help="[all]")
     parser.add_argument("--rounds", type=int, help="turns of each size [7]")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of torch; on a busy CPU several wait for one another [1]"
+        "--threads", type=int, default=1, help="of torch; on a busy CPU several threads wait for each other [1]"
     )
     parser.add_argument("--json", type=Path, help="write the record")
-    parser.add_argument("--quick", action="store_true", help="two sizes, two rounds: to see that the pieces fit")
+    parser.add_argument("--quick", action="store_true", help="two sizes, two rounds: a trial run")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rounds = arguments.rounds or (2 if arguments.quick else 7)
     sizes = _QUICK if arguments.quick else AXES
     record: Row = {
-        "environment": run.environment("cpu"),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "quick": arguments.quick,
-        "margin": MARGIN, "fixed": Size()._asdict(), "rows": [],
+        "environment": records.environment("cpu"), "date": records.now(), "quick": arguments.quick, "margin": MARGIN,
+        "fixed": Size()._asdict(), "rows": [],
     }  # fmt: skip
     print("\n".join(table([])))
     for axis in arguments.axes:
         record["rows"].append(measure(axis, sizes[axis], rounds))
         print(table(record["rows"][-1:])[-1], flush=True)
         if arguments.json is not None:
-            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            records.write(arguments.json, json.dumps(record, indent=1) + "\n")
     return 0 if all(row["verdict"] == "no surprise" for row in record["rows"]) else 1
 
 

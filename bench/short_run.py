@@ -1,8 +1,8 @@
 """A short real training by the main job, for its figures:  python -m bench.short_run --json FILE
 
 Trains `cifar10_tiny` on the images at --data or $BENCH_CIFAR, or the demo on the images that it makes, for --steps
-steps with a temporary run directory. FILE gets what the run's own records say: every line of metrics, the 20-NN probe
-of the untrained and of the trained encoder, and the exit code, which is also that of this command.
+steps with a temporary run directory. FILE gets the run's own records: every line of metrics, the 20-NN probe of the
+untrained and of the trained encoder, and the exit code of the training, which is also that of this command.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,29 +19,27 @@ from typing import Any
 
 import torch
 
-from bench import run
-from cjepa_fast import train
-from cjepa_fast.config import cli
-from cjepa_fast.config import schema as config
+from bench import records
 from cjepa_fast.config.presets import PRESETS
-from cjepa_fast.errors import UserError
 
 
-def configure(root: str | None, steps: int, directory: Path) -> config.Config:
-    changes: dict[str, Any] = {
-        "optim.steps": steps,
-        "optim.warmup_epochs": 0.2 if steps >= 100 else 0.0,
-        "run.dir": directory,
-    }
-    if root is not None:
-        changes["data.root"] = (root,)
-    return config.replace(
-        PRESETS["cifar10_tiny" if root else "demo"], {**changes, "run.log_every": max(1, steps // 20)}
-    )
+def preset(root: str | None) -> str:
+    """Return the preset that is trained."""
+    return "cifar10_tiny" if root else "demo"
+
+
+def command(root: str | None, steps: int, directory: Path) -> list[str]:
+    """Return the command of the training."""
+    options = {
+        "--preset": preset(root), "--optim.steps": steps, "--run.dir": directory,
+        "--optim.warmup-epochs": 0.2 if steps >= 100 else 0.0, "--run.log-every": max(1, steps // 20),
+        **({"--data.root": root} if root else {}),
+    }  # fmt: skip
+    return [sys.executable, "-m", "cjepa_fast.train", *(str(part) for option in options.items() for part in option)]
 
 
 def summary(lines: list[dict[str, Any]], state: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """Figures of a run from its metrics and its state; rates leave out the first line, in which things are compiled."""
+    """Return the figures of a run; rates leave out its first line of metrics, which includes compiling."""
     steady = lines[1:] or lines
     rate = statistics.median(line["images_per_s"] for line in steady)
     return {
@@ -53,10 +52,10 @@ def summary(lines: list[dict[str, Any]], state: dict[str, Any], batch_size: int)
 
 
 def markdown(record: dict[str, Any]) -> str:
+    """Return the figures as a table."""
     shown = {key: value for key, value in record.items() if key not in ("environment", "metrics")}
     cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown.values()]
-    rows = (shown, ["---"] * len(shown), cells)
-    return "A short training:\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    return "\n".join(["A short training:", "", *records.table("|".join(shown), [cells])]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,18 +66,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="short-run-") as work:
         directory = Path(work) / "run"
-        try:
-            c = configure(arguments.data, arguments.steps, directory)
-            with train.cleaning_up():
-                code = train.train(cli.Command(config=c, check=False, resume=None), config.read_world(os.environ))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        figures = summary(lines, json.loads((directory / "run_state.json").read_text()), c.optim.batch_size)
-    environment = run.environment("cuda" if torch.cuda.is_available() else "cpu")
+        code = subprocess.run(command(arguments.data, arguments.steps, directory), cwd=records.ROOT).returncode
+        lines = records.read(directory / "metrics.jsonl")
+        if not lines:
+            return code or 1
+        state = json.loads((directory / "run_state.json").read_text())
+        figures = summary(lines, state, PRESETS[preset(arguments.data)].optim.batch_size)
+    environment = records.environment("cuda" if torch.cuda.is_available() else "cpu")
     record = {"environment": environment, "data": arguments.data or "demo", "exit_code": code, **figures}
-    arguments.json.write_text(json.dumps({**record, "metrics": lines}, indent=1) + "\n")
+    records.write(arguments.json, json.dumps({**record, "metrics": lines}, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
     return code
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 Inputs = tuple[Any, ...]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _INTERVAL_MS = {"cuda": 1.0, "cpu": 5.0}  # least length of a measured interval: far above the clocks' resolution
 _WARM_S = {"cuda": 0.05, "cpu": 0.02}

@@ -17,12 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from bench.references import Schedule, eager, tuned
 
 from bench import short_run, step, step_check, step_report, step_worker, trainers
 from bench import table as bench_table
-from bench.references import Schedule, eager, tuned
-from cjepa_fast import ops
-from cjepa_fast.config import schema as config
+from cjepa_fast import config, ops
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cjepa_fast import ops
-from cjepa_fast.config import schema as config
+from cjepa_fast import config, ops
 from cjepa_fast.engine import cost, graphs, optim
 from cjepa_fast.engine.optim import AdamW
 from cjepa_fast.engine.step import StepOutput, Terms

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cjepa_fast import ops
-from cjepa_fast.config import schema as config
+from cjepa_fast import config, ops
 from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.engine import cost
 from cjepa_fast.errors import UserError

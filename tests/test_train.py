@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from cjepa_fast.config import schema as config
+from cjepa_fast import config
 from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.engine.step import forward_backward
 from cjepa_fast.feed.order import epoch_order

@@ -51,7 +51,7 @@ _FIXED: dict[str, tuple[float, ...]] = {
     "optim.betas": (0.9, 0.999), "optim.eps": (1e-8,), "optim.schedule_scale": (1.0,),
     "data.crop_ratio": (3 / 4, 4 / 3),
 }  # fmt: skip
-_JITTER = {(0.0, 0.0, 0.0, 0.0): "none", (0.4, 0.4, 0.2, 0.1): "color"}
+_JITTER: dict[tuple[float, ...], str] = {(0.0, 0.0, 0.0, 0.0): "none", (0.4, 0.4, 0.2, 0.1): "color"}
 
 
 def upgrade(current: Mapping[str, Any], retired: Mapping[str, Value]) -> dict[str, Any]:

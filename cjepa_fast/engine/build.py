@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,18 +46,25 @@ class Learner(NamedTuple):
         self.masks.verify()
 
 
-def build_learner(c: Config, world: World, device: torch.device, plan: Plan) -> Learner:
+def build_learner(
+    c: Config, world: World, device: torch.device, plan: Plan, *, method: Method | None = None, unit: int = FSDP_BLOCKS
+) -> Learner:  # fmt: skip
     """Build the learner of a configuration, after the process group exists.
 
     Every process draws the same initial weights from `seed`; sharding then keeps the process's part.
+
+    Args:
+        method: the method of this configuration on the device, instead of a new one.
+        unit: transformer blocks per FSDP unit.
     """
-    torch.manual_seed(c.seed)
-    method = build_method(c).to(device)
+    if method is None:
+        torch.manual_seed(c.seed)
+        method = build_method(c).to(device)
     if plan.recompute:  # before compilation and sharding, which must both see the recomputation
         for block in blocks(method, trained=True):
             distributed.checkpoint_activations(block)
     compiled = compile_blocks(method, c.runtime.compile, device, c.mask.mode if method.masked else "no")
-    shard(method, distributed.mesh(device.type, shard_size(c, world)), reshard=plan.reshard)
+    shard(method, distributed.mesh(device.type, shard_size(c, world)), reshard=plan.reshard, unit=unit)
     optimizer = build_optimizer(c, method, sharded=world.size > 1)
     step: Callable[..., StepOutput] = functools.partial(train_step, method, optimizer)
     if c.runtime.cuda_graph == "on":
@@ -87,7 +94,9 @@ class MaskFeed:
         # Trimming saves work, but makes shapes; static programs and graphs want few.
         self._trim = device.type == "cpu" and c.runtime.compile != "static"
 
-    def __call__(self, step: int, ids: np.ndarray | Tensor, *, whole: bool = False) -> Parts:
+    def __call__(
+        self, step: int, ids: Sequence[int] | np.ndarray | Tensor, *, whole: bool = False
+    ) -> Parts:  # fmt: skip
         """Return the masks of each micro-batch.
 
         Args:
@@ -149,7 +158,7 @@ def compile_blocks(method: Method, wanted: str, device: torch.device, mask_mode:
     return f"compiled for {'all shapes at once' if wanted == 'dynamic' else 'each shape'}{reason}"
 
 
-def shard(method: Method, mesh: DeviceMesh | None, *, reshard: bool) -> None:
+def shard(method: Method, mesh: DeviceMesh | None, *, reshard: bool, unit: int) -> None:
     """Shard every network of a method, see `distributed.shard`.
 
     Untrained networks always free gathered weights. Heads without blocks, small and used once, never do and are
@@ -159,7 +168,7 @@ def shard(method: Method, mesh: DeviceMesh | None, *, reshard: bool) -> None:
         own = list(blocks(network))
         free = reshard and bool(own) if _is_trained(network) else True
         dtype = _gathered_dtype(method) if own else torch.float32
-        distributed.shard(network, own, mesh, unit=FSDP_BLOCKS, reshard=free, dtype=dtype)
+        distributed.shard(network, own, mesh, unit=unit, reshard=free, dtype=dtype)
 
 
 def _gathered_dtype(method: Method) -> torch.dtype:
