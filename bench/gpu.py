@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from bench import data, run, short_run, step_report
-from cjepa_fast.ops._attention import BACKENDS, TOKENS
+from cjepa_fast.ops._attention_choice import BACKENDS, TOKENS
 
 ROOT = Path(__file__).parents[1]
 # the most telling first; an operation's own tests are part of its section
@@ -124,7 +124,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def attention_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows for MEASURED in cjepa_fast/ops/_attention.py: back-ends by time forward and backward, fastest first."""
+    """Rows for MEASURED in cjepa_fast/ops/_attention_choice.py: back-ends by time of both directions, fastest first."""
     points: dict[tuple[str, int, int], list[tuple[float, str]]] = {}
     for row in rows:
         shape = re.match(r"(?:context|predictor|target) \w+ n=(\d+) d=(\d+) ", row["case"])
@@ -156,7 +156,9 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
         text.append(f"| {section['name']} | {section['status']} | {seconds} | {limit} |")
     if record["attention"]:
         text.append(
-            "\nFor MEASURED in cjepa_fast/ops/_attention.py:\n\n```python\n" + "\n".join(record["attention"]) + "\n```"
+            "\nFor MEASURED in cjepa_fast/ops/_attention_choice.py:\n\n```python\n"
+            + "\n".join(record["attention"])
+            + "\n```"
         )
     parts = ["\n".join(text) + "\n"]
     if (out / "step.json").exists():

@@ -38,9 +38,10 @@ from cjepa_fast.feed import batches as data
 from cjepa_fast.feed import index
 from cjepa_fast.feed.demo import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.feed.views import Photometric
-from cjepa_fast.losses.second_moment import Projector
 from cjepa_fast.masks import Masks, MultiBlockSampler
-from cjepa_fast.networks import vit
+from cjepa_fast.networks import Impl, build_encoder, build_predictor
+from cjepa_fast.networks.heads import Projector
+from cjepa_fast.networks.precision import hold_copies
 from cjepa_fast.run import checkpoint
 from cjepa_fast.run.meter import Meter
 from cjepa_fast.run.records import CHECKPOINTS, INDEX, RunDirectory, refuse_existing, require_sinks
@@ -90,11 +91,8 @@ def train(command: cli.Command, world: config.World) -> int:
         ops.require_float8(device)
     if c.runtime.cuda_graph == "on":
         graphs.require(c.runtime.kernels, device)
-    shape, patches = config.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
-    ops.require_attention(
-        c.runtime.attention, device.type, dtype=activation_dtype(c), length=patches,
-        head_dims=(shape.width // shape.heads, c.model.predictor_width // (c.model.predictor_heads or shape.heads)),
-    )  # fmt: skip
+    sampler = build_sampler(c)
+    require_attention(c, sampler, device)
     require_sinks(tensorboard=c.run.tensorboard, wandb_project=c.run.wandb)
     if resume is not None:
         checkpoint.require(resume / CHECKPOINTS)
@@ -121,7 +119,6 @@ def train(command: cli.Command, world: config.World) -> int:
         weight_decay_schedule=c.optim.weight_decay_schedule, ema=c.optim.ema, final_ema=c.optim.final_ema,
         schedule_scale=c.optim.schedule_scale,
     )  # fmt: skip
-    sampler = build_sampler(c)
     probe = None
     if source.labels is not None:
         probe = Probe(
@@ -143,7 +140,7 @@ def train(command: cli.Command, world: config.World) -> int:
     # The networks. Every process draws the same initial weights; sharding then keeps its part.
     if c.runtime.cpu_threads is not None:
         torch.set_num_threads(c.runtime.cpu_threads)
-    if device.type == "cpu" and c.runtime.keep_memory:
+    if device.type == "cpu":
         keep_freed_memory()
     distributed.connect(world.rank, world.size, device)
     torch.manual_seed(c.seed)
@@ -326,26 +323,24 @@ def activation_dtype(c: config.Config) -> torch.dtype:
 
 def build_networks(c: config.Config) -> Networks:
     """The four networks of a configuration, on the CPU, drawn from torch's global generator."""
-    dtype = activation_dtype(c)
+    dtype, impl = activation_dtype(c), Impl(c.runtime.kernels, c.runtime.attention)
     encoder, target_encoder = (
-        vit.build_encoder(
+        build_encoder(
             c.model.encoder, c.model.image_size, c.model.patch_size, mean=c.data.mean, std=c.data.std,
-            depth_rescale=c.model.depth_rescale_init, dtype=dtype, kernels=c.runtime.kernels,
-            attention=c.runtime.attention,
+            depth_rescale=c.model.depth_rescale_init, dtype=dtype, impl=impl,
         )
         for _ in range(2)
     )  # fmt: skip
     if c.model.target_precision == "float8":
         target_encoder.use_float8(c.runtime.kernels)
-    predictor = vit.build_predictor(
+    predictor = build_predictor(
         c.model.encoder, c.model.image_size, c.model.patch_size, c.model.predictor_depth, c.model.predictor_width,
         c.model.predictor_heads, depth_rescale=c.model.depth_rescale_init,
-        shared_context=c.model.predictor_context == "shared", targets_only=c.runtime.predictor_targets_only,
-        shared_start=c.runtime.predictor_shared_start, kernels=c.runtime.kernels, attention=c.runtime.attention,
+        shared_context=c.model.predictor_context == "shared", impl=impl,
     )  # fmt: skip
     projector = None
     if c.loss.vicreg_weight:
-        projector = Projector(encoder.width, c.loss.projector_width or encoder.width, c.loss.projector_layers)
+        projector = Projector(encoder.width, (c.loss.projector_width or encoder.width,) * c.loss.projector_layers)
     return Networks(encoder, predictor, target_encoder, projector)
 
 
@@ -361,6 +356,24 @@ def build_sampler(c: config.Config) -> MultiBlockSampler:
         raise UserError(f"mask: {error}") from None
 
 
+def require_attention(c: config.Config, sampler: MultiBlockSampler, device: torch.device) -> None:
+    """Raise UserError if `runtime.attention` cannot run the attention of both networks."""
+    shape, patches = config.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
+    heads, shared = c.model.predictor_heads or shape.heads, c.model.predictor_context == "shared"
+    blocks = c.mask.num_targets if shared else 1
+    longest = max((kept or patches) + blocks * area for _, kept, area in sampler.shapes())
+    packed = c.mask.mode == "packed"
+    compiled = c.runtime.compile not in (("off", "auto") if device.type == "cpu" else ("off",))
+    for width, length, packs, structured in (
+        (shape.width // shape.heads, patches, packed or needs_unions(c), False),
+        (c.model.predictor_width // heads, longest, packed, shared),
+    ):
+        ops.require_attention(
+            c.runtime.attention, device.type, dtype=activation_dtype(c), head_dims=[width], length=length,
+            packed=packs, structured=structured, compiled=compiled,
+        )  # fmt: skip
+
+
 def place_masks(masks: Masks, compiled: str, device: torch.device) -> Masks:
     """The masks on `device`; on a CPU with little padding, which only keeps shapes few where each has a program or a
     graph of its own (`compiled`, as `runtime.compile` says).
@@ -372,19 +385,19 @@ def place_masks(masks: Masks, compiled: str, device: torch.device) -> Masks:
 def needs_unions(c: config.Config) -> bool:
     """Whether the target encoder is to compute target rows alone, so that the masks must list them."""
     # views that hold the mean of all target rows can spare none
-    return c.runtime.target_union_only and (not c.loss.vicreg_weight or c.loss.vicreg_views == "target_blocks")
+    return not c.loss.vicreg_weight or c.loss.vicreg_views == "target_blocks"
 
 
 def build_optimizer(c: config.Config, networks: Networks, *, sharded: bool) -> optim.AdamW:
     """AdamW with the target encoder's EMA, for networks that lie where they are trained.
 
-    On one process it keeps the 16-bit copies of `runtime.weight_copies`; FSDP2 makes its own of what is `sharded`.
+    One process keeps 16-bit copies of the weights; FSDP2 makes its own of what is `sharded`.
     """
     groups, copies, dtype = optim.parameter_groups(networks), {}, networks.encoder.dtype
-    if c.runtime.weight_copies and not sharded and dtype != torch.float32:
+    if not sharded and dtype != torch.float32:
         device = groups[0]["params"][0].device
         fused = optim.fuses(c.runtime.kernels, device)
-        copies = vit.hold_copies(networks, dtype, rounded_grads=fused and c.runtime.accumulate == 1)
+        copies = hold_copies(networks, dtype, rounded_grads=fused and c.runtime.accumulate == 1)
     return optim.AdamW(
         groups, lr=c.optim.lr, betas=c.optim.betas, eps=c.optim.eps, averages=networks.averages(), copies=copies,
         impl=c.runtime.kernels,

@@ -18,7 +18,9 @@ from bench.references.eager import one_pass
 from cjepa_fast.config import Config, VitShape, encoder_shape
 from cjepa_fast.engine import optim
 from cjepa_fast.masks import Masks
-from cjepa_fast.networks.vit import LayerNorm, sincos_positions, take_rows
+from cjepa_fast.networks.precision import LayerNorm
+from cjepa_fast.networks.sequences import take_rows
+from cjepa_fast.networks.vit import sincos_positions
 
 
 class Linear(nn.Linear):

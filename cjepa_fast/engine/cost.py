@@ -127,12 +127,11 @@ def memory_bytes(
     gradients: fp32, over S.
     copies: weights as they are multiplied, in `model.precision`. ZeRO-2 keeps all that is trained, ZeRO-3 (`reshard`)
         two units; beside them stand what gathering and reducing a unit pass through. A lone process has 16-bit copies
-        of all weights (`runtime.weight_copies`), or keeps its casts of those that are trained for the backward pass,
-        unless they are made again (`checkpoint`).
+        of all weights.
     target, context, predictor: what stays of each phase until the backward pass. A block keeps its input, that of
         its second half, both norms' outputs, q, k, v, the attention's output, and the MLP's hidden values before and
         after GELU: (8 + 2 mlp_ratio) D values a token, compiled or not, for attention that does not store its matrix;
-        with `checkpoint` its input alone. The predictor's first and last block spare what the runtime lets them. Of the
+        with `checkpoint` its input alone. The predictor's first and last block spare some. Of the
         target encoder its output stays, of all rows in the worst case.
     working: what the block at work holds beyond that.
 
@@ -160,10 +159,8 @@ def memory_bytes(
         cast = size * (min(2 * max(units), count.trained) if reshard else count.trained)
         # a unit gathered flat, its gradients as autograd leaves them, and twice flat in fp32 on their way out
         passing = max(units) * (size + size + 8)
-    elif size == 2 and runtime.weight_copies:  # not of the patch embedding and the mask token
+    elif size == 2:  # not of the patch embedding and the mask token
         held = size * (2 * (count.encoder - _embedding_parameters(config)) + count.predictor - predictor.width)
-    elif size == 2:
-        cast = size * (_blocks_parameters(encoder) / encoder.depth if checkpoint else count.trained)
 
     def kept(shape: VitShape, tokens: float) -> float:
         hidden = round(shape.width * shape.mlp_ratio)
@@ -178,12 +175,12 @@ def memory_bytes(
 
     wide, narrow = encoder.width, predictor.width
     narrow_hidden, spared = round(narrow * predictor.mlp_ratio), 0.0
-    if runtime.predictor_shared_start and config.model.predictor_context == "per_target" and not checkpoint:
+    if config.model.predictor_context == "per_target" and not checkpoint:
         spared += size * 2 * narrow * (rows - context_rows - patches)  # input and norm of copies
-    if runtime.predictor_targets_only:  # output; queries and what follows the attention, but for a copy of target rows
-        spared += size * narrow * (rows - target_rows)
-        if not checkpoint:
-            spared += size * ((4 * narrow + 2 * narrow_hidden) * (rows - target_rows) - narrow * target_rows)
+    # of the last block: output; queries and what follows the attention, but for a copy of target rows
+    spared += size * narrow * (rows - target_rows)
+    if not checkpoint:
+        spared += size * ((4 * narrow + 2 * narrow_hidden) * (rows - target_rows) - narrow * target_rows)
     target = size * wide * patches * images
     pixels = 3 * model.patch_size**2 * context_rows * size
     context = kept(encoder, context_rows) + 2 * size * wide * context_rows + pixels

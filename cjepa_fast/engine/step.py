@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from cjepa_fast.distributed import world_size
 from cjepa_fast.engine.optim import AdamW
-from cjepa_fast.losses.second_moment import Projector, block_vicreg, context_target_vicreg, prediction_loss
+from cjepa_fast.losses import block_vicreg, context_target_vicreg, prediction_loss
 from cjepa_fast.masks import Masks
-from cjepa_fast.networks.vit import Encoder, Layout, Predictor, Selection
+from cjepa_fast.networks import Encoder, Predictor
+from cjepa_fast.networks.heads import Projector
+from cjepa_fast.networks.sequences import Layout, Selection
 
 
 class Networks(nn.Module):
