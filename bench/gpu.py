@@ -35,7 +35,7 @@ from bench.feed import report as feed_report
 from bench.ops import report as ops_report
 from bench.ops import run
 from bench.step import report as step_report
-from cjepa_fast.ops._attention import BACKENDS, TOKENS
+from cjepa_fast.ops._attention_choice import BACKENDS, TOKENS
 
 # the most important first; an operation's tests run within its section
 SHARES = {
@@ -120,7 +120,7 @@ def describe_machine() -> int:
 
 
 def attention_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return rows for MEASURED in cjepa_fast/ops/_attention.py: backends by time forward and backward."""
+    """Return rows for MEASURED in cjepa_fast/ops/_attention_choice.py: backends by time forward and backward."""
     points: dict[tuple[str, int, int], list[tuple[float, str]]] = {}
     for row in rows:
         shape = re.match(r"(?:context|predictor|target) \w+ n=(\d+) d=(\d+) ", row["case"])
@@ -154,7 +154,9 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
     text = [f"# {title}\n", *records.table("section|status|seconds|limit", lines)]
     if record["attention"]:
         text.append(
-            "\nFor MEASURED in cjepa_fast/ops/_attention.py:\n\n```python\n" + "\n".join(record["attention"]) + "\n```"
+            "\nFor MEASURED in cjepa_fast/ops/_attention_choice.py:\n\n```python\n"
+            + "\n".join(record["attention"])
+            + "\n```"
         )
     parts = ["\n".join(text) + "\n"]
     if (out / "step.json").exists():

@@ -1,22 +1,20 @@
-"""The token gather: kept patches into the embedding's matrix product, context and mask tokens into sequences.
+"""The token gather: kept patches into the embedding's matrix product, unique tokens into the predictor's sequences.
 
-Patch embedding: y_r = W x_r + b + e[i_r], where x_r is patch i_r of the image of row r.
-One launch reads the kept patches, and no others, where they lie in the image and writes x (the operand) and b + e[i]
-(where the product accumulates onto), so that no pass over y adds bias or positions: y is rounded where b + e is stored
-and at the end, and not, as in torch, after b, e and W x + b as well. Bytes per row of C = 3 p p columns in a type of
-s bytes: C (raw pixels) + s C + s D, and the product, which reads both and writes s D.
+Patch embedding: y_t = W x_t + b + e[i_t], where x_t is patch i_t of the image of token t.
+One launch reads the kept patches where they lie in the images, and no other patch. The launch writes x, an operand of
+the product, and b + e[i], onto which the product accumulates, so no pass over y adds bias or positions. y is rounded
+when b + e is stored and at the end; torch rounds also after b, e and W x + b. Bytes per token of C = 3 p p columns in a
+type of s bytes: C (raw pixels) + s C + s D here; the product reads both and writes s D.
 
-Predictor tokens: sequence m of image b is [c_t + e[i_t] for its context tokens | mask + e[j] for its target block m].
-A program reads a context token and its position once and stores them to all M sequences; backward it sums the M
-gradients in that order. Bytes: forward s D (Kc + M (Kc + Kt)) per image, backward the same.
+Predictor rows: sequence m of image b is [context of b | table[j] for j in target block m].
+Forward, a program reads each context token once and stores all M copies. Backward, a program sums the M gradients of a
+context token in that order. The gradient of row n of the table is the sum over all target tokens with index n. Its
+program walks the list of those tokens, which a stable sort of the indices gives: the sum has one order, and each
+gradient is read once for any N. (A product with a one-hot matrix would do N times the additions, on tensor cores in
+16 bits only, and spread one NaN over the whole table.) Bytes: forward s W (Kc + M (Kc + Kt)) per image, backward the
+same; the table of a megabyte or two stays in the cache.
 
-Predictor rows: sequence m of image b is [context | table[j] for its target block m], and table [N, D] has a gradient:
-row n's is the sum over all target rows with index n. Its program walks the list of those, which a stable sort of the
-indices gives, so that the sum has one order and each gradient is read once, whatever N is. (The product with a one-hot
-matrix does N times the additions, on tensor cores and in 16 bits only, and spreads one NaN over the whole table.)
-
-A table of positions or rows, at most a megabyte or two, is read from the cache. All sums are fp32 without atomics: the
-gradients of bias and mask token are summed by programs over fixed runs of rows, then over the programs.
+All sums are fp32, without atomics.
 
 Source: Assran et al., CVPR 2023 (arXiv 2301.08243), section 3.
 """
@@ -33,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-# sizes that change with the mask shape must not make new variants of the kernels
+# Not specialised: sizes that change with the masks would compile new variants.
 @triton.jit(do_not_specialize=["rows", "kept", "batch"])
 def _patch_kernel(
     images,  # uint8 [batch, HEIGHT, WIDTH, 3] or float [batch, 3, HEIGHT, WIDTH]
@@ -53,10 +51,10 @@ def _patch_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program takes BLOCK_R rows and BLOCK_C columns of `patches` or of `tokens`."""
+    """Fill BLOCK_R rows and BLOCK_C columns of `patches` or of `tokens`."""
     RAW: tl.constexpr = images.dtype.element_ty == tl.uint8
     COLUMNS: tl.constexpr = 3 * PATCH * PATCH
-    RUN: tl.constexpr = 3 * PATCH if RAW else PATCH  # elements of a patch that follow each other in memory
+    RUN: tl.constexpr = 3 * PATCH if RAW else PATCH  # contiguous elements of a patch
     LINE: tl.constexpr = 3 * WIDTH if RAW else WIDTH
     ACROSS: tl.constexpr = WIDTH // PATCH
     PATCH_BLOCKS: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
@@ -84,7 +82,7 @@ def _patch_kernel(
         if not RAW:
             o_pixel += (o_c // (PATCH * PATCH)) * ((HEIGHT - PATCH) * WIDTH)
         m_c = o_c < COLUMNS
-        # rows without a patch are zero here: what `tokens` holds for them is their result
+        # Rows without a patch are zero, so the product leaves `tokens` as it is.
         b_x = tl.load(images + o_patch[:, None] + o_pixel, mask=(m_real & m_known)[:, None] & m_c, other=0)
         b_x = b_x.to(tl.float32).to(patches.dtype.element_ty)
         tl.store(patches + o_row * COLUMNS + o_c, b_x, mask=m_r[:, None] & m_c)
@@ -94,7 +92,7 @@ def _patch_kernel(
         b_bias = tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
         o_position = b_index.to(tl.int64)[:, None] * D + o_d
         b_y = b_bias + tl.load(positions + o_position, mask=m_real[:, None] & m_d, other=0.0).to(tl.float32)
-        # an index outside the image must not pass for a patch
+        # An index outside the image gives NaN.
         b_y = tl.where(m_known[:, None], tl.where(m_real[:, None], b_y, 0.0), float("nan"))
         tl.store(tokens + o_row * D + o_d, b_y.to(tokens.dtype.element_ty), mask=m_r[:, None] & m_d)
 
@@ -110,7 +108,7 @@ def _column_sum_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program sums TILES * BLOCK_R rows of BLOCK_C columns."""
+    """Sum TILES * BLOCK_R rows of BLOCK_C columns."""
     COLUMN_BLOCKS: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
     i_p = tl.program_id(0) // COLUMN_BLOCKS
     o_d = (tl.program_id(0) % COLUMN_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -128,9 +126,9 @@ def _column_sum_kernel(
 
 @triton.jit
 def _copies(o_t, m_t, offsets, context_rows, batch, steps, kept, length, BLOCKS: tl.constexpr):
-    """Where context tokens o_t [R] go: the first of their rows, the distance of the others, and which are padding.
+    """Locate the copies of context tokens o_t [R]: first row, distance to the next, and which tokens are real.
 
-    Padding counts as the context of one more image, which has no targets: its rows lie behind all others.
+    Padding counts as the context of one more image without targets, so its copies follow all sequences.
     """
     if offsets is None:
         b_image = o_t // kept
@@ -138,7 +136,7 @@ def _copies(o_t, m_t, offsets, context_rows, batch, steps, kept, length, BLOCKS:
         b_count = kept
         m_real = m_t
     else:
-        b_image = tl.zeros_like(o_t)  # the number of images that end at or before the token, by bisection
+        b_image = tl.zeros_like(o_t)  # number of images that end at or before the token, by bisection
         b_high = b_image + batch
         for _ in range(steps):
             b_middle = (b_image + b_high) // 2
@@ -156,7 +154,7 @@ def _copies(o_t, m_t, offsets, context_rows, batch, steps, kept, length, BLOCKS:
 
 @triton.jit
 def _target_rows(o_g, m_g, offsets, kept, length, BLOCKS: tl.constexpr):
-    """The rows of target tokens o_g [R], numbered over images, blocks and tokens: behind all contexts before them."""
+    """Locate target tokens o_g [R], numbered over images, blocks and tokens: their rows in the sequences."""
     b_sequence = o_g // length
     b_image = b_sequence // BLOCKS
     if offsets is None:
@@ -168,14 +166,13 @@ def _target_rows(o_g, m_g, offsets, kept, length, BLOCKS: tl.constexpr):
     return (BLOCKS * b_start + (b_sequence % BLOCKS + 1) * b_count + o_g).to(tl.int64)
 
 
-@triton.jit(
-    do_not_specialize=["context_rows", "target_rows", "total_rows", "batch", "steps", "kept", "length", "patches"]
-)
-def _tokens_fwd_kernel(
+_SIZES = ["context_rows", "target_rows", "total_rows", "batch", "steps", "kept", "length"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "patches"])
+def _rows_fwd_kernel(
     context,  # [context_rows, D]
-    mask_token,  # [D] float, or None: nothing is added to a target's row of `positions`
-    positions,  # [patches, D] float
-    context_indices,  # [context_rows] integer, or None: nothing is added to the context
+    table,  # [patches, D] in the type of `context`
     target_indices,  # [target_rows] integer
     offsets,  # [batch + 1] int32: the images' contexts, or None: `kept` tokens each
     tokens,  # [total_rows, D]
@@ -192,7 +189,7 @@ def _tokens_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program takes BLOCK_R context tokens to all their copies, or BLOCK_R target tokens; BLOCK_C columns."""
+    """Store all copies of BLOCK_R context tokens, or BLOCK_R target tokens; BLOCK_C columns."""
     COLUMN_BLOCKS: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
     i_r = tl.program_id(0) // COLUMN_BLOCKS
     o_d = (tl.program_id(0) % COLUMN_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
@@ -205,12 +202,6 @@ def _tokens_fwd_kernel(
             o_t, m_t, offsets, context_rows, batch, steps, kept, length, BLOCKS
         )  # fmt: skip
         b_x = tl.load(context + o_t.to(tl.int64)[:, None] * D + o_d, mask=m_real[:, None] & m_d, other=0.0)
-        if context_indices is not None:
-            b_index = tl.load(context_indices + o_t, mask=m_real, other=0).to(tl.int64)
-            m_known = (b_index >= 0) & (b_index < patches)
-            mask = (m_real & m_known)[:, None] & m_d
-            b_e = tl.load(positions + b_index[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float32)
-            b_x = tl.where(m_known[:, None], b_x.to(tl.float32) + b_e, float("nan")).to(tokens.dtype.element_ty)
         for i_m in tl.static_range(BLOCKS):
             b_row = b_first + i_m * b_distance
             m_row = m_t & (b_row >= 0) & (b_row < total_rows)  # whatever the offsets hold
@@ -221,23 +212,20 @@ def _tokens_fwd_kernel(
         b_row = _target_rows(o_g, m_g, offsets, kept, length, BLOCKS)
         b_index = tl.load(target_indices + o_g, mask=m_g, other=0).to(tl.int64)
         m_known = (b_index >= 0) & (b_index < patches)
-        mask = (m_g & m_known)[:, None] & m_d
-        b_y = tl.load(positions + b_index[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float32)
-        if mask_token is not None:
-            b_y += tl.load(mask_token + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_y = tl.load(table + b_index[:, None] * D + o_d, mask=(m_g & m_known)[:, None] & m_d, other=0.0)
         b_y = tl.where(m_known[:, None], b_y, float("nan")).to(tokens.dtype.element_ty)
         m_row = m_g & (b_row >= 0) & (b_row < total_rows)
         tl.store(tokens + b_row[:, None] * D + o_d, b_y, mask=m_row[:, None] & m_d)
 
 
-@triton.jit(do_not_specialize=["context_rows", "target_rows", "total_rows", "batch", "steps", "kept", "length"])
-def _tokens_bwd_kernel(
+@triton.jit(do_not_specialize=_SIZES)
+def _rows_bwd_kernel(
     grads,  # [total_rows, D]
     offsets,  # as forward
-    order,  # [target_rows] int64: the target rows by index, or None: one sum of all of them
-    starts,  # [patches + 1] int32: where each index begins in `order`, and the end of the last; or None
+    order,  # [target_rows] int64: the target tokens by index
+    starts,  # [patches + 1] int32: where each index begins in `order`, and the end of the last
     context_grads,  # [context_rows, D]
-    sums,  # [patches, D] fp32, or [programs along the target rows, D] fp32
+    table_grads,  # [patches, D] fp32
     context_rows,
     target_rows,
     total_rows,
@@ -247,11 +235,10 @@ def _tokens_bwd_kernel(
     length,
     D: tl.constexpr,
     BLOCKS: tl.constexpr,
-    TILES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program sums the copies of BLOCK_R context tokens, or some target rows: of one index, or TILES * BLOCK_R."""
+    """Sum the gradients of the copies of BLOCK_R context tokens, or of one row of the table; BLOCK_C columns."""
     COLUMN_BLOCKS: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
     i_r = tl.program_id(0) // COLUMN_BLOCKS
     o_d = (tl.program_id(0) % COLUMN_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -272,33 +259,25 @@ def _tokens_bwd_kernel(
         o_out = o_t.to(tl.int64)[:, None] * D + o_d[None, :]
         tl.store(context_grads + o_out, b_sum.to(context_grads.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
     else:
-        i_p = i_r - context_programs
-        if order is None:
-            for i in tl.static_range(TILES):
-                o_g = (i_p * TILES + i) * BLOCK_R + tl.arange(0, BLOCK_R)
-                m_g = o_g < target_rows
-                b_row = _target_rows(o_g, m_g, offsets, kept, length, BLOCKS)
-                mask = (m_g & (b_row >= 0) & (b_row < total_rows))[:, None] & m_d[None, :]
-                b_sum += tl.load(grads + b_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        else:
-            b_end = tl.load(starts + i_p + 1)
-            for i_o in range(tl.load(starts + i_p), b_end, BLOCK_R):
-                o_o = i_o + tl.arange(0, BLOCK_R)
-                m_g = o_o < b_end
-                o_g = tl.load(order + o_o, mask=m_g, other=0)
-                b_row = _target_rows(o_g, m_g, offsets, kept, length, BLOCKS)
-                mask = (m_g & (b_row >= 0) & (b_row < total_rows))[:, None] & m_d[None, :]
-                b_sum += tl.load(grads + b_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(sums + i_p.to(tl.int64) * D + o_d, tl.sum(b_sum, axis=0), mask=m_d)
+        i_n = i_r - context_programs
+        b_end = tl.load(starts + i_n + 1)
+        for i_o in range(tl.load(starts + i_n), b_end, BLOCK_R):
+            o_o = i_o + tl.arange(0, BLOCK_R)
+            m_g = o_o < b_end
+            o_g = tl.load(order + o_o, mask=m_g, other=0)
+            b_row = _target_rows(o_g, m_g, offsets, kept, length, BLOCKS)
+            mask = (m_g & (b_row >= 0) & (b_row < total_rows))[:, None] & m_d[None, :]
+            b_sum += tl.load(grads + b_row[:, None] * D + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(table_grads + i_n.to(tl.int64) * D + o_d, tl.sum(b_sum, axis=0), mask=m_d)
 
 
 def patches_and_tokens(
     images: Tensor, indices: Tensor | None, image_of: Tensor | None, bias: Tensor, positions: Tensor, patch_size: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The kept patches [rows, 3 p p] and bias + position [rows, D] in `dtype`; arguments are contiguous.
+    """Return the kept patches [rows, 3 p p] and bias + position [rows, D] in `dtype`; arguments are contiguous.
 
-    `indices` is [B, K], None (all patches), or with `image_of` [T] a list of as many tokens.
+    `indices` is [B, K], None (all patches), or beside `image_of` [T] as many tokens.
     """
     raw = images.dtype == torch.uint8
     batch, (height, width) = images.shape[0], images.shape[1:3] if raw else images.shape[2:]
@@ -322,7 +301,7 @@ def patches_and_tokens(
 
 
 def column_sum(grads: Tensor, image_of: Tensor | None) -> Tensor:
-    """The sum [D] fp32 of the rows of contiguous grads [rows, D] whose image is not -1."""
+    """Return the sum [D] fp32 of the rows of contiguous grads [rows, D] whose image is not -1."""
     rows, width = grads.shape
     assert rows < 2**31 and grads.is_contiguous()
     partials = torch.empty(_blocks(rows, SUM_ROWS), width, dtype=torch.float32, device=grads.device)
@@ -333,58 +312,47 @@ def column_sum(grads: Tensor, image_of: Tensor | None) -> Tensor:
     return partials.sum(0)
 
 
-def tokens_fwd(
-    context: Tensor, mask_token: Tensor | None, positions: Tensor, context_indices: Tensor | None,
-    target_indices: Tensor, offsets: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The sequences [B, M, Kc + Kt, D], or packed [M T + B M Kt, D] with `offsets`; arguments are contiguous.
-
-    Without mask token and context indices, the rows of the context and of `positions` as they are.
-    """
+def rows_fwd(context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return the sequences [B, M, Kc + Kt, W], or packed [M T + B M Kt, W] with `offsets`; arguments are contiguous."""
     batch, blocks, length = target_indices.shape
     kept, width = context.shape[-2:]
     sizes = _sizes(context.shape[:-1].numel(), target_indices.shape)
     shape = (batch, blocks, kept + length, width) if offsets is None else (sizes["total_rows"], width)
-    given = (context, mask_token, positions, context_indices, target_indices, offsets)
-    assert all(x is None or x.is_contiguous() for x in given) and positions.shape[1:] == (width,)
-    assert mask_token is None or mask_token.shape == (width,)
+    given = (context, table, target_indices, offsets)
+    assert all(x is None or x.is_contiguous() for x in given) and table.shape[1:] == (width,)
     tokens = torch.empty(shape, dtype=context.dtype, device=context.device)
     if tokens.numel():
         tile = {"D": width, "BLOCKS": blocks, **TILE}
         programs = _blocks(sizes["context_rows"], TILE["BLOCK_R"]) + _blocks(sizes["target_rows"], TILE["BLOCK_R"])
         with torch.cuda.device_of(context):
-            _tokens_fwd_kernel[(programs * _blocks(width, TILE["BLOCK_C"]),)](
-                *given, tokens, kept=kept, patches=positions.shape[0], **sizes, **tile
+            _rows_fwd_kernel[(programs * _blocks(width, TILE["BLOCK_C"]),)](
+                *given, tokens, kept=kept, patches=table.shape[0], **sizes, **tile
             )
     return tokens
 
 
-def tokens_bwd(
-    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int | None
+def rows_bwd(
+    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `context` and, in fp32, of `mask_token` [D], or of the table of so many `patches` [N, D].
-
-    `grads` are contiguous and shaped as the tokens.
-    """
+    """Return the gradients of the context and, in fp32, of the table [patches, W]; `grads` are contiguous."""
     kept, width = context_shape[-2:]
     sizes = _sizes(math.prod(context_shape[:-1]), target_indices.shape)
     assert grads.is_contiguous() and grads.numel() == sizes["total_rows"] * width
     context_grads = torch.empty(context_shape, dtype=grads.dtype, device=grads.device)
-    order, starts = (None, None) if patches is None else _by_index(target_indices.flatten(), patches)
-    rows = _blocks(sizes["target_rows"], SUM_ROWS) if patches is None else patches
-    sums = torch.empty(rows, width, dtype=torch.float32, device=grads.device)
-    programs = _blocks(sizes["context_rows"], SUM_TILE["BLOCK_R"]) + rows
-    tile = {"D": width, "BLOCKS": target_indices.shape[1], **SUM_TILE}
+    table_grads = torch.empty(patches, width, dtype=torch.float32, device=grads.device)
+    order, starts = _by_index(target_indices.flatten(), patches)
+    programs = _blocks(sizes["context_rows"], TILE["BLOCK_R"]) + patches
+    tile = {"D": width, "BLOCKS": target_indices.shape[1], **TILE}
     if programs:
         with torch.cuda.device_of(grads):
-            _tokens_bwd_kernel[(programs * _blocks(width, SUM_TILE["BLOCK_C"]),)](
-                grads, offsets, order, starts, context_grads, sums, kept=kept, **sizes, **tile
+            _rows_bwd_kernel[(programs * _blocks(width, TILE["BLOCK_C"]),)](
+                grads, offsets, order, starts, context_grads, table_grads, kept=kept, **sizes, **tile
             )
-    return context_grads, sums.sum(0) if patches is None else sums
+    return context_grads, table_grads
 
 
 def _by_index(indices: Tensor, patches: int) -> tuple[Tensor, Tensor]:
-    """The places [R] of indices [R] in ascending order of index, equal ones as they come, and where each begins."""
+    """Return the stable order [R] of indices [R], and where each of [0, patches] begins in it."""
     if patches >= torch.iinfo(indices.dtype).max:
         indices = indices.long()
     ascending, order = indices.sort(stable=True)
@@ -393,7 +361,7 @@ def _by_index(indices: Tensor, patches: int) -> tuple[Tensor, Tensor]:
 
 
 def _sizes(context_rows: int, targets_shape: Sequence[int]) -> dict[str, int]:
-    """The arguments that forward and backward share."""
+    """Return the arguments that forward and backward share."""
     batch, blocks, length = targets_shape
     target_rows = batch * blocks * length
     total_rows = blocks * context_rows + target_rows
@@ -410,12 +378,12 @@ def _blocks(count: int, block: int) -> int:
 
 # 32 elements per thread: several 16-byte accesses in flight. By construction; not yet tuned on a GPU.
 TILE: dict[str, Any] = {"BLOCK_R": 32, "BLOCK_C": 128, "num_warps": 4}
-SUM_TILE: dict[str, Any] = {**TILE, "TILES": 4}  # as many rows as four copies of 32 context tokens
+SUM_TILE: dict[str, Any] = {**TILE, "TILES": 4}
 SUM_ROWS = SUM_TILE["TILES"] * SUM_TILE["BLOCK_R"]
 
 
 def _aot() -> list[dict[str, Any]]:
-    """The shipped tiles, for ahead-of-time compilation; ":16" marks arguments known to be multiples of 16."""
+    """List the shipped tiles for ahead-of-time compilation; ":16" marks multiples of 16."""
     tiles: list[dict[str, Any]] = []
 
     def add(name: str, kernel: Any, signature: dict[str, str | None], **constants: Any) -> None:
@@ -447,28 +415,22 @@ def _aot() -> list[dict[str, Any]]:
             "rows": "i32",
         }  # fmt: skip
         add(f"sum {dtype}{' packed' * packed} D={width}", _column_sum_kernel, signature, D=width, **SUM_TILE)
-    for dtype, index, packed, blocks, width, table in [
-        ("bf16", "i16", False, 4, 384, False), ("bf16", "i16", True, 4, 384, False),
-        ("bf16", "i16", True, 1, 384, False), ("fp16", "i32", False, 4, 384, False),
-        ("fp32", "i64", False, 4, 192, False), ("bf16", "i16", False, 4, 1152, True),
-        ("bf16", "i16", True, 4, 1152, True), ("fp16", "i32", True, 4, 1152, True), ("fp32", "i64", True, 4, 576, True),
+    for dtype, index, packed, blocks, width in [
+        ("bf16", "i16", False, 4, 1152), ("bf16", "i16", True, 4, 1152), ("bf16", "i16", True, 1, 1152),
+        ("fp16", "i32", False, 4, 1152), ("fp32", "i64", True, 4, 576),
     ]:  # fmt: skip
-        offsets = pointer("i32" if packed else None)
-        sizes = dict.fromkeys(("context_rows", "target_rows", "total_rows", "batch", "steps", "kept", "length"), "i32")
-        name = f"{dtype} {index}{' packed' * packed} M={blocks} D={width}"
+        offsets, sizes = pointer("i32" if packed else None), dict.fromkeys(_SIZES, "i32")
+        name = f"{dtype} {index}{' packed' * packed} M={blocks} W={width}"
         forward = {
-            "context": pointer(dtype), "mask_token": None if table else pointer("fp32"),
-            "positions": pointer(dtype if table else "fp32"), "context_indices": None if table else pointer(index),
-            "target_indices": pointer(index), "offsets": offsets, "tokens": pointer(dtype), **sizes, "patches": "i32",
+            "context": pointer(dtype), "table": pointer(dtype), "target_indices": pointer(index), "offsets": offsets,
+            "tokens": pointer(dtype), **sizes, "patches": "i32",
         }  # fmt: skip
-        what = "rows" if table else "tokens"
-        add(f"{what} {name}", _tokens_fwd_kernel, forward, D=width, BLOCKS=blocks, **TILE)
+        add(f"rows {name}", _rows_fwd_kernel, forward, D=width, BLOCKS=blocks, **TILE)
         backward = {
-            "grads": pointer(dtype), "offsets": offsets, "order": pointer("i64") if table else None,
-            "starts": pointer("i32") if table else None, "context_grads": pointer(dtype), "sums": pointer("fp32"),
-            **sizes,
+            "grads": pointer(dtype), "offsets": offsets, "order": pointer("i64"), "starts": pointer("i32"),
+            "context_grads": pointer(dtype), "table_grads": pointer("fp32"), **sizes,
         }  # fmt: skip
-        add(f"{what} bwd {name}", _tokens_bwd_kernel, backward, D=width, BLOCKS=blocks, **SUM_TILE)
+        add(f"rows bwd {name}", _rows_bwd_kernel, backward, D=width, BLOCKS=blocks, **TILE)
     return tiles
 
 

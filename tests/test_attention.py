@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from cjepa_fast import ops, reference
 from cjepa_fast.errors import UserError
 from cjepa_fast.ops import _attention as door
+from cjepa_fast.ops import _attention_choice as choice
 from cjepa_fast.ops import _choice
 from oracle import assert_no_worse
 
@@ -158,11 +159,9 @@ def test_packed_target_blocks(impl: str, dtype: torch.dtype, tiles: None) -> Non
     assert_right([rows(80, 3 * 32)], dtype, heads=1, impl=impl, **keywords)
 
 
-@pytest.mark.parametrize("impl", ["eager", "sdpa", "sdpa_flash"])
+@pytest.mark.parametrize("impl", ["eager", "sdpa"])
 @pytest.mark.parametrize("form", ["self", "query", "structured", "no context"])
 def test_back_ends_of_fixed_lengths(impl: str, form: str) -> None:
-    if impl == "sdpa_flash" and DEVICE == "cuda":
-        pytest.skip("flash attention on a GPU wants 16 bits")
     args = [rows(2, 28, (2 if form == "query" else 3) * WIDTH)] + [rows(2, 5, WIDTH, seed=1)] * (form == "query")
     keywords = {"structured": {"target_blocks": (3, 5)}, "no context": {"target_blocks": (4, 7)}}.get(form, {})
     assert_right(args, impl=impl, **keywords)
@@ -170,14 +169,14 @@ def test_back_ends_of_fixed_lengths(impl: str, form: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("impl", ["sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "varlen", "xformers"])
+@pytest.mark.parametrize("impl", ["sdpa", "xformers"])
 def test_back_ends_of_a_gpu(impl: str, dtype: torch.dtype) -> None:
     if impl == "xformers":
         pytest.importorskip("xformers")
     assert_right([rows(2, 51, 3 * 128)], dtype, impl=impl)
     assert_right([rows(2, 51, 2 * 128), rows(2, 9, 128, seed=1)], dtype, impl=impl)
     assert_right([rows(2, 28, 3 * 128)], dtype, impl=impl, target_blocks=(3, 5))
-    if not impl.startswith("sdpa"):
+    if impl != "sdpa":
         assert_right([rows(40, 3 * 128)], dtype, impl=impl, **packing(PACKED))
 
 
@@ -190,15 +189,10 @@ def loop(q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Seq
     return torch.cat([*out, torch.full_like(q[q_starts[-1] :], torch.nan)])
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the real ones run")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the real one runs")
 @pytest.mark.parametrize("form", ["fixed", "packed", "query", "structured"])
-@pytest.mark.parametrize("impl", ["varlen", "xformers"])
-def test_back_ends_that_want_a_gpu_are_called_rightly(impl: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for what does not run here: shapes, lengths, padding."""
-
-    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, qs: Tensor, ks: Tensor, max_q: int, max_k: int) -> Tensor:
-        assert qs.dtype == ks.dtype == torch.int32 and qs.diff().max() <= max_q and ks.diff().max() <= max_k
-        return loop(q, k, v, qs.tolist(), ks.tolist())
+def test_xformers_is_called_rightly(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for what does not run here: shapes, lengths, padding."""
 
     def memory_efficient_attention(
         q: Tensor, k: Tensor, v: Tensor, attn_bias: tuple[list[int], list[int]] | None = None
@@ -213,7 +207,6 @@ def test_back_ends_that_want_a_gpu_are_called_rightly(impl: str, form: str, monk
     modules = {
         "xformers": {}, "xformers.ops": {"memory_efficient_attention": memory_efficient_attention},
         "xformers.ops.fmha": {}, "xformers.ops.fmha.attn_bias": {"BlockDiagonalMask": mask},
-        "torch.nn.attention.varlen": {"varlen_attn": varlen_attn},
     }  # fmt: skip
     for name, members in modules.items():
         module = types.ModuleType(name)
@@ -221,12 +214,12 @@ def test_back_ends_that_want_a_gpu_are_called_rightly(impl: str, form: str, monk
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(door, "choose_attention", lambda chosen, *_: chosen)
     if form == "packed":
-        assert_right([rows(40, 3 * WIDTH)], impl=impl, **packing(PACKED))
+        assert_right([rows(40, 3 * WIDTH)], impl="xformers", **packing(PACKED))
     elif form == "query":
-        assert_right([rows(4, 9, 2 * WIDTH), rows(30, WIDTH, seed=1)], impl=impl, **packing(PACKED_QUERY))
+        assert_right([rows(4, 9, 2 * WIDTH), rows(30, WIDTH, seed=1)], impl="xformers", **packing(PACKED_QUERY))
     else:
         keywords = {"target_blocks": (3, 5)} if form == "structured" else {}
-        assert_right([rows(2, 28, 3 * WIDTH)], impl=impl, **keywords)
+        assert_right([rows(2, 28, 3 * WIDTH)], impl="xformers", **keywords)
 
 
 def test_strided_inputs_agree_bitwise() -> None:
@@ -356,7 +349,7 @@ def test_lengths_that_break_their_promise_are_loud(impl: str) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the host knows no lengths")
 def test_lengths_that_break_their_promise_are_an_error_where_they_are_known() -> None:
     qkv, starts = rows(30, 3 * 32), offsets(0, 10, 30)
-    with pytest.raises(ValueError, match="a sequence has 20 rows, more than the 15 that it may have"):
+    with pytest.raises(ValueError, match="a sequence has 20 tokens, more than the 15 that it may have"):
         ops.attention(qkv, 1, offsets=starts, max_length=15, impl="sdpa")
     with pytest.raises(ValueError, match=r"target_blocks \(4, 3\) do not fit into sequences of 10 tokens"):
         ops.attention(qkv, 1, offsets=starts, max_length=20, target_blocks=(4, 3), impl="sdpa")
@@ -412,17 +405,15 @@ def test_registration(form: str) -> None:
 
 
 @pytest.mark.parametrize("wrapper", ["compiled", "checkpointed"])
-@pytest.mark.parametrize("impl", ["auto", "triton", "eager", "sdpa", "sdpa_flash"])
+@pytest.mark.parametrize("impl", ["auto", "triton", "eager", "sdpa"])
 @pytest.mark.parametrize("form", ["fixed", "packed", "structured"])
 def test_compiled_and_checkpointed(form: str, impl: str, wrapper: str) -> None:
     """Without graph break and equal to the plain call, output and gradient; the choice is made while tracing.
 
     Compiled, "auto" may choose otherwise for packed sequences, as one program must hold for all lengths.
     """
-    if form == "packed" and impl.startswith("sdpa"):
+    if form == "packed" and impl == "sdpa":
         pytest.skip("cannot run compiled")
-    if impl == "sdpa_flash" and DEVICE == "cuda":
-        pytest.skip("flash attention on a GPU wants 16 bits")
     qkv = rows(14, 3 * WIDTH) if form == "packed" else rows(2, 14, 3 * WIDTH)
     keywords: dict[str, Any] = {"structured": {"target_blocks": (2, 3)}}.get(form, {})
     if form == "packed":
@@ -495,13 +486,13 @@ def choose(impl: str = "auto", **changes: Any) -> str:
         "device": "cuda", "index": 0, "dtype": "torch.bfloat16", "head_dim": 64, "bucket": 64, "packed": False,
         "structured": False, "known": False,
     }  # fmt: skip
-    return door.choose_attention(impl, **{**arguments, **changes})
+    return choice.choose_attention(impl, **{**arguments, **changes})
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """The choice on a machine with a GPU called "GPU", and what it says."""
-    monkeypatch.setattr(door, "gpu_name", lambda index: "GPU")
+    monkeypatch.setattr(choice, "gpu_name", lambda index: "GPU")
     _choice.announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="cjepa_fast"):
         yield caplog
@@ -524,38 +515,26 @@ def test_auto_without_a_measurement(gpu: pytest.LogCaptureFixture) -> None:
 
 
 def test_auto_takes_the_fastest_measured(gpu: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(door.MEASURED, "GPU", {(96, 32): ("sdpa_cudnn", "varlen", "triton"), (64, 32): ("triton",)})
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: "xformers is here")
+    monkeypatch.setitem(choice.MEASURED, "GPU", {(96, 32): ("sdpa", "xformers", "triton"), (64, 32): ("triton",)})
     chosen = [choose(bucket=bucket, head_dim=32) for bucket in (96, 64, 128)]
-    assert chosen == ["sdpa_cudnn", "triton", "sdpa"]
-    assert choose(bucket=96, head_dim=32, packed=True) == "varlen"
+    assert chosen == ["sdpa", "triton", "sdpa"]
+    assert choose(bucket=96, head_dim=32, packed=True) == "xformers"
     assert choose(bucket=96, head_dim=32, packed=True, structured=True) == "triton"
-    assert choose(bucket=96, head_dim=32, dtype="torch.float32") == "sdpa"  # rows are of 16 bits
-    assert gpu.messages[0] == "attention: sdpa_cudnn (the fastest measured on GPU)"
+    assert choose(bucket=64, head_dim=32, dtype="torch.float32") == "sdpa"  # measurements are of 16 bits
+    assert gpu.messages[0] == "attention: sdpa (the fastest measured on GPU)"
 
 
-def test_measured_rows_name_buckets_and_back_ends() -> None:
-    for table in door.MEASURED.values():
+def test_measurements_name_buckets_and_back_ends() -> None:
+    for table in choice.MEASURED.values():
         for (tokens, head_dim), ranking in table.items():
-            assert tokens in door.TOKENS and head_dim > 0 and set(ranking) <= set(door.BACKENDS)
+            assert tokens in choice.TOKENS and head_dim > 0 and set(ranking) <= set(choice.BACKENDS)
 
 
 def test_auto_on_cpu() -> None:
     assert choose(device="cpu") == choose(device="cpu", structured=True) == "sdpa"
     assert choose(device="cpu", packed=True, known=True) == "sdpa"
     assert choose(device="cpu", packed=True) == "eager", "compiled: the host may not look at the lengths"
-
-
-def test_what_was_asked_for_may_leave_forms_to_auto(gpu: pytest.LogCaptureFixture) -> None:
-    forms = {}, {"packed": True}, {"structured": True}, {"packed": True, "structured": True}
-    chosen = [choose("sdpa_cudnn", or_auto=True, **form) for form in forms]
-    assert chosen == ["sdpa_cudnn", "triton", "sdpa_cudnn", "triton"]
-    assert gpu.messages[:2] == [
-        "attention: sdpa_cudnn (asked for)",
-        "attention (packed): triton (no measurement for GPU; sdpa_cudnn, asked for, cannot run: packed sequences would "
-        "have to be padded)",
-    ]
-    with pytest.raises(UserError, match="head width 40 is not among"):
-        choose("triton", or_auto=True, head_dim=40)
 
 
 def test_lengths_fall_into_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,59 +549,90 @@ def test_lengths_fall_into_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "impl, changes, message",
     [
-        ("fast", {}, "unknown impl 'fast' for attention; known: auto, triton, eager, sdpa, sdpa_cudnn, sdpa_flash, "),
+        ("fast", {}, "unknown impl 'fast' for attention; known: auto, triton, sdpa, xformers, eager"),
         ("triton", {"dtype": "torch.float64"}, r"dtype torch\.float64 is not fp32, bf16 or fp16"),
         ("triton", {"head_dim": 40}, "head width 40 is not among 24, 32, 64, 80, 88, 128"),
         ("triton", {"bucket": 0}, "sequences are longer than 1024 tokens"),
         ("sdpa", {"packed": True}, "packed sequences would have to be padded"),
-        ("sdpa_cudnn", {"packed": True}, "packed sequences would have to be padded"),
-        ("sdpa_cudnn", {"head_dim": 160}, "head width 160 is over 128"),
-        ("sdpa_flash", {"dtype": "torch.float32"}, r"dtype torch\.float32 is not bf16 or fp16"),
-        ("sdpa_efficient", {"dtype": "torch.float64"}, r"dtype torch\.float64 is not fp32, bf16 or fp16"),
-        ("sdpa_efficient", {"device": "cpu"}, "the tensors are on cpu, not cuda"),
-        ("varlen", {"packed": True, "structured": True}, "packed sequences with target blocks"),
-        ("varlen", {"head_dim": 20}, "head width 20 is not a multiple of 8"),
     ],
 )
 def test_impl_that_cannot_run_is_refused(impl: str, changes: dict[str, Any], message: str) -> None:
+    """Also where "auto" would run another."""
     with pytest.raises(UserError, match=message):
         choose(impl, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"packed": True, "structured": True}, "packed sequences with target blocks would have to be taken apart"),
+        ({"device": "cpu"}, "the tensors are on cpu, not cuda"),
+        ({"dtype": "torch.float64"}, r"dtype torch\.float64 is not fp32, bf16 or fp16"),
+        ({"head_dim": 20}, "head width 20 is not a multiple of 8"),
+        ({"head_dim": 264}, "head width 264 is over 256"),
+    ],
+)
+def test_xformers_that_cannot_run_is_refused(
+    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: "xformers is here")
+    assert choose("xformers") == choose("xformers", packed=True) == choose("xformers", structured=True) == "xformers"
+    with pytest.raises(UserError, match=message):
+        choose("xformers", **changes)
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match="impl='triton' cannot run attention: triton is not installed; take another"):
         choose("triton")
-    monkeypatch.setattr(door.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="xformers is not installed"):
         choose("xformers")
 
 
-@pytest.mark.parametrize("impl", ["triton", "sdpa_cudnn", "sdpa_efficient", "varlen", "xformers"])
-def test_back_end_that_never_runs_on_cpu_is_refused_before_a_run(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def require(impl: str, device: str = "cuda", **changes: Any) -> None:
+    arguments = {
+        "dtype": torch.bfloat16, "head_dims": (64,), "length": 196, "packed": False, "structured": False,
+        "compiled": False,
+    }  # fmt: skip
+    ops.require_attention(impl, device, **{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    "impl, device, changes, message",
+    [
+        ("flash", "cuda", {}, "unknown 'flash'; known: auto, triton, sdpa, xformers, eager"),
+        ("triton", "cpu", {}, "triton cannot run: the tensors are on cpu, not cuda (or set TRITON_INTERPRET=1); use "
+         "auto"),
+        ("triton", "cuda", {"head_dims": (64, 12)}, "triton cannot run: head width 12 is not among 24, 32, 64, 80, 88, "
+         "128; use auto"),
+        ("triton", "cuda", {"length": 1025}, "triton cannot run: sequences are longer than 1024 tokens; use auto"),
+        ("triton", "cuda", {"dtype": torch.float64}, "triton cannot run: dtype torch.float64 is not fp32, bf16 or "
+         "fp16; use auto"),
+        ("sdpa", "cuda", {"packed": True}, "sdpa cannot run: packed sequences would have to be padded; use auto"),
+        ("sdpa", "cpu", {"packed": True, "compiled": True}, "sdpa cannot run: packed sequences would have to be "
+         "padded; use auto"),
+        ("xformers", "cuda", {}, "xformers cannot run: xformers is not installed; use auto"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_before_a_run(
+    impl: str, device: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match=f"^runtime.attention: {impl} cannot run: .*; use auto$"):
-        ops.require_attention(impl, "cpu")
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as refused:
+        require(impl, device, **changes)
+    assert str(refused.value) == f"runtime.attention: {message}"
 
 
-def test_require_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"^runtime.attention: unknown 'flash'; known: auto, triton, "):
-        ops.require_attention("flash", "cuda")
-    monkeypatch.setattr(door.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"^runtime.attention: xformers cannot run: xformers is not installed; use auto"
-    ):
-        ops.require_attention("xformers", "cuda")
-    with pytest.raises(UserError, match=r"^runtime.attention: triton cannot run: head width 12 is not among 24, "):
-        ops.require_attention("triton", "cuda", head_dims=(64, 12))
-    with pytest.raises(UserError, match=r"^runtime.attention: triton cannot run: sequences are longer than 1024"):
-        ops.require_attention("triton", "cuda", length=1025)
-    with pytest.raises(UserError, match=r"^runtime.attention: sdpa_flash cannot run: dtype torch.float32 is not bf16"):
-        ops.require_attention("sdpa_flash", "cuda", dtype=torch.float32)
-    for impl in ("auto", "eager", "sdpa", "sdpa_flash"):
-        ops.require_attention(impl, "cpu")
-    for impl in ("auto", "triton", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "varlen"):
-        ops.require_attention(impl, "cuda")
+def test_what_can_run_is_not_refused() -> None:
+    everything = {"packed": True, "structured": True, "compiled": True}
+    for impl in ("auto", "triton", "eager"):
+        require(impl, **everything)
+    for impl in ("auto", "eager"):
+        require(impl, "cpu", **everything, dtype=torch.float64, head_dims=(7,), length=5000)
+    require("sdpa", structured=True, compiled=True)
+    require("sdpa", "cpu", packed=True, structured=True)
 
 
 def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -663,7 +673,7 @@ def test_arguments_that_do_not_match_are_refused(
 def test_every_tile_in_use_is_compiled_ahead_of_time() -> None:
     """Widths 24 and 32 differ in a mask only."""
     kernel = pytest.importorskip("cjepa_fast.kernels.attention")
-    assert tuple(kernel.PARTS) == door.TRITON_HEAD_DIMS and door.TOKENS[-1] == 1024
+    assert tuple(kernel.PARTS) == choice.TRITON_HEAD_DIMS and choice.TOKENS[-1] == 1024
 
     def key(jit: Any, dtype: str, head_dim: int, tile: dict[str, Any]) -> tuple[Any, ...]:
         sizes = ("BLOCK_Q", "BLOCK_K", "BLOCK", "INNER", "ONE_PASS", "num_warps", "num_stages")

@@ -243,7 +243,7 @@ def test_gpu_run_goes_on_after_failures_and_records_them(checkout: Path) -> None
 
 
 def test_attention_is_ranked_by_time_forward_and_backward() -> None:
-    """As entries for the table of measurements: plain sequences on a GPU only, by the bucket of their length."""
+    """As entries for the table of measurements: plain sequences on a GPU, by bucket, of back-ends that ops offers."""
 
     def row(case: str, variant: str, milliseconds: float, **other: Any) -> dict[str, Any]:
         return {"op": "attention", "gpu": "H", "direction": "fwd+bwd", "case": case, "variant": variant,
@@ -251,15 +251,15 @@ def test_attention_is_ranked_by_time_forward_and_backward() -> None:
 
     point = "predictor B n=84 d=32 h=12 B=512"
     rows = [
-        row(point, "sdpa", 0.3), row(point, "triton", 0.1), row(point, "varlen", 0.2),
+        row(point, "sdpa", 0.3), row(point, "triton", 0.1), row(point, "xformers", 0.2), row(point, "varlen", 0.15),
         row(point, "torch.compile", 0.05), row(point, "eager", 0.01, direction="fwd"),
         row("packed " + point, "eager", 0.01), row(point, "eager", 0.01, gpu=None),
-        row("target H n=256 d=80 h=16 B=128", "sdpa_cudnn", 1.0),
+        row("target H n=256 d=80 h=16 B=128", "sdpa", 1.0), row("target H n=256 d=80 h=16 B=128", "sdpa_cudnn", 0.5),
     ]  # fmt: skip
     assert gpu.attention_table(rows) == [
         '"H": {',
-        '    (96, 32): ("triton", "varlen", "sdpa",),  # 84 tokens: 100, 200, 300 us',
-        '    (256, 80): ("sdpa_cudnn",),  # 256 tokens: 1000 us',
+        '    (96, 32): ("triton", "xformers", "sdpa",),  # 84 tokens: 100, 200, 300 us',
+        '    (256, 80): ("sdpa",),  # 256 tokens: 1000 us',
         "},",
     ]
 

@@ -18,7 +18,8 @@ from cjepa_fast import distributed
 from cjepa_fast.engine.optim import AdamW, parameter_groups
 from cjepa_fast.engine.step import LossWeights, Networks, forward_backward, target_embeddings
 from cjepa_fast.errors import UserError
-from cjepa_fast.losses.second_moment import GlobalBatchNorm, block_vicreg, context_target_vicreg
+from cjepa_fast.losses import block_vicreg, context_target_vicreg
+from cjepa_fast.networks.heads import GlobalBatchNorm
 from cjepa_fast.run import checkpoint
 from test_step import WEIGHTS, batch, networks
 

@@ -17,10 +17,10 @@ from cjepa_fast.config import VitShape
 from cjepa_fast.engine.optim import AdamW, parameter_groups
 from cjepa_fast.engine.step import LossWeights, Networks, target_embeddings, train_step
 from cjepa_fast.errors import UserError
-from cjepa_fast.losses.second_moment import Projector
 from cjepa_fast.masks import Masks, MultiBlockSampler
-from cjepa_fast.networks import vit
-from cjepa_fast.networks.vit import Encoder, Predictor
+from cjepa_fast.networks import Encoder, Impl, Predictor
+from cjepa_fast.networks.heads import Projector
+from cjepa_fast.networks.precision import linear_layers
 from cjepa_fast.train import main
 
 SHAPE, SIZE, PATCH, BATCH = VitShape(64, 2, 2), 24, 4, 8
@@ -110,12 +110,12 @@ def test_shapes_of_inputs() -> None:
 
 def networks(float8: str | None, dtype: torch.dtype = torch.bfloat16) -> Networks:
     torch.manual_seed(0)
-    encoder, target_encoder = (Encoder(SHAPE, SIZE, PATCH, dtype=dtype, kernels="eager") for _ in range(2))
+    encoder, target_encoder = (Encoder(SHAPE, SIZE, PATCH, dtype=dtype, impl=Impl("eager")) for _ in range(2))
     for parameter in encoder.parameters():  # as initialised, blocks add next to nothing
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.1)
-    predictor = Predictor(VitShape(32, 2, 2), SHAPE.width, encoder.grid, kernels="eager")
-    net = Networks(encoder, predictor, target_encoder, Projector(SHAPE.width, 24, 2))
+    predictor = Predictor(VitShape(32, 2, 2), SHAPE.width, encoder.grid, impl=Impl("eager"))
+    net = Networks(encoder, predictor, target_encoder, Projector(SHAPE.width, (24, 24)))
     if float8 is not None:
         net.target_encoder.use_float8(float8)
     return net
@@ -176,7 +176,7 @@ def test_products_get_whole_biases(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_weights_are_rounded_once_a_step_and_follow_the_average(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
     net, (images, masks) = networks("auto"), batch(parts, union=False)
     optimizer = AdamW(parameter_groups(net), lr=0.05, averages=net.averages(), impl="eager")
-    weights = {layer.weight.shape for layer in net.target_encoder._linear_layers()}
+    weights = {layer.weight.shape for layer in linear_layers(net.target_encoder)}
     rounded: list[Tensor] = []
     quantise = ops.quantise_rows
 
@@ -184,7 +184,7 @@ def test_weights_are_rounded_once_a_step_and_follow_the_average(monkeypatch: pyt
         rounded.append(x)
         return quantise(x)
 
-    monkeypatch.setattr(vit.ops, "quantise_rows", counted)
+    monkeypatch.setattr(ops, "quantise_rows", counted)
     first = train_step(net, optimizer, WEIGHTS, images, masks, 0.5).targets
     assert [tensor.shape in weights for tensor in rounded] == [True] * 4 * SHAPE.depth
     expected = target_embeddings(net.target_encoder, images)  # rounds the weights of the moment in every pass

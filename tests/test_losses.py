@@ -9,13 +9,8 @@ import torch
 
 from cjepa_fast import reference
 from cjepa_fast.errors import UserError
-from cjepa_fast.losses.second_moment import (
-    GlobalBatchNorm,
-    Projector,
-    block_vicreg,
-    context_target_vicreg,
-    prediction_loss,
-)
+from cjepa_fast.losses import block_vicreg, context_target_vicreg, prediction_loss, vicreg
+from cjepa_fast.networks.heads import GlobalBatchNorm, Projector
 
 
 def wave(*shape: int, phase: float = 0.0) -> torch.Tensor:
@@ -88,6 +83,19 @@ def test_vicreg_properties() -> None:
     assert block_vicreg(z + 3)[1:] == pytest.approx((0, 0), abs=1e-20)  # a shift of all images changes nothing
 
 
+@pytest.mark.parametrize(("batch", "width"), [(9, 12), (5, 33), (2, 1)])
+def test_vicreg_equals_reference(batch: int, width: int) -> None:
+    views = [wave(batch, width, phase=phase).requires_grad_() for phase in (0, 2)]
+    again = [view.detach().clone().requires_grad_() for view in views]
+    ours, truth = vicreg(*views), reference.vicreg(*again)
+    for name, a, b in zip(("sim", "std", "cov"), ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14, msg=name)
+    (25 * ours[0] + 17 * ours[1] + 1.3 * ours[2]).backward()
+    (25 * truth[0] + 17 * truth[1] + 1.3 * truth[2]).backward()
+    for a, b in zip(views, again, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("shape", [(1, 4, 8), (8, 1, 8)])
 def test_block_vicreg_refuses_what_has_no_statistics(shape: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match="at least 2"):
@@ -107,17 +115,16 @@ def test_context_target_equals_reference() -> None:
 
 def test_implementation_of_vicreg_is_passed_on() -> None:
     z = wave(9, 3, 12).float().to("cuda" if torch.cuda.is_available() else "cpu")
-    plain = [*block_vicreg(z), *context_target_vicreg(z[:, 0], z[:, 1])]
-    fused = [*block_vicreg(z, impl="triton"), *context_target_vicreg(z[:, 0], z[:, 1], impl="triton")]
-    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-7)
-    for vicreg in (lambda: block_vicreg(z, impl="cuda"), lambda: context_target_vicreg(z[:, 0], z[:, 1], impl="cuda")):
+    pair = [z[:, 0], z[:, 1]]
+    for loss, arguments in ((block_vicreg, [z]), (vicreg, pair), (context_target_vicreg, pair)):
+        torch.testing.assert_close(loss(*arguments, impl="triton"), loss(*arguments), rtol=1e-5, atol=1e-7)
         with pytest.raises(UserError, match="unknown impl 'cuda'"):
-            vicreg()
+            loss(*arguments, impl="cuda")
 
 
 def test_projector_equals_reference() -> None:
     torch.manual_seed(0)
-    projector = Projector(12, 20, 3).double()
+    projector = Projector(12, (24, 16, 20)).double()
     with torch.no_grad():
         for parameter in projector.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -1,4 +1,4 @@
-"""Sequences from ready rows: the operation, its kernel (interpreted in fp32 without a GPU) and what it is for."""
+"""Gathering unique tokens into sequences: the operation and its kernel, interpreted in fp32 without a GPU."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ DTYPES = [
     pytest.param(torch.float16, marks=pytest.mark.gpu),
 ]
 IMPLS = ["eager", "triton"]
-# (B, Kc, M, Kt, W, N): aligned; partial; nothing a multiple of anything, and places with more rows than a program
-# takes at once; places without a row; one row each
+# (B, Kc, M, Kt, W, N): aligned; partial; nothing a multiple of anything, and rows of the table with more copies than a
+# program takes at once; rows without a copy; one token each
 SHAPES = [(2, 32, 4, 32, 128, 36), (2, 5, 3, 7, 192, 36), (3, 11, 4, 25, 131, 5), (2, 3, 1, 2, 24, 50),
           (1, 1, 1, 1, 24, 1)]  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_kernel_is_no_worse_than_torch(shape: tuple[int, ...], packed: bool, dty
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_are_copied_bit_for_bit(shape: tuple[int, ...], packed: bool, impl: str) -> None:
+def test_tokens_are_copied_bit_for_bit(shape: tuple[int, ...], packed: bool, impl: str) -> None:
     """Padding, which is NaN here, leaves no trace."""
     given = inputs(shape, packed)
     out = ops.predictor_rows(**given, impl=impl)
@@ -114,27 +114,81 @@ def test_any_shape(shape: tuple[int, ...], packed: bool) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_layout_is_that_of_predictor_tokens(packed: bool, impl: str) -> None:
-    """Whatever embeds tokens before: positions added to the context, mask token and positions as the table."""
-    given = inputs(SHAPES[2], packed)
-    context, count = given["context"].nan_to_num(), len(given["table"])
-    indices = torch.arange(context[..., 0].numel(), device=DEVICE).view(context.shape[:-1]) % count
-    positions = wave(given["table"])
-    mask_token = positions[:1] * 3
-    tokens = ops.predictor_tokens(
-        context, mask_token, positions, indices, given["target_indices"], offsets=given["offsets"], impl="eager"
-    )
-    rows = ops.predictor_rows(
-        context + positions[indices], mask_token + positions, given["target_indices"], offsets=given["offsets"],
-        impl=impl,
-    )  # fmt: skip
-    assert torch.equal(rows, tokens)
+def test_each_block_is_what_it_would_be_alone(impl: str) -> None:
+    given = inputs(SHAPES[2])
+    tokens = ops.predictor_rows(**given, impl=impl)
+    for block in range(tokens.shape[1]):
+        alone = given | {"target_indices": given["target_indices"][:, block : block + 1]}
+        assert torch.equal(ops.predictor_rows(**alone, impl=impl)[:, 0], tokens[:, block])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_work_done_once_for_shared_rows_is_that_done_for_each_sequence(impl: str) -> None:
-    """A layer that acts on each row alone, before or behind: the same sequences and gradients."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_block_of_all_targets_is_a_shared_context(packed: bool, impl: str) -> None:
+    """[context | block 1 | ... | block M] for each image."""
+    given = inputs(SHAPES[2], packed)
+    given["target_indices"] = given["target_indices"].flatten(1)[:, None]
+    out, offsets = ops.predictor_rows(**given, impl=impl), given["offsets"]
+    for image, targets in enumerate(given["target_indices"].flatten(1)):
+        if packed:
+            context = given["context"][int(offsets[image]) : int(offsets[image + 1])]
+            sequence = out[int(offsets[image]) + image * len(targets) :][: len(context) + len(targets)]
+        else:
+            context, sequence = given["context"][image], out[image, 0]
+        assert torch.equal(sequence, torch.cat([context, given["table"][targets]]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_packed_contexts_of_equal_length_equal_batched_ones(impl: str) -> None:
+    given = inputs(SHAPES[2])
+    batch, kept, _ = given["context"].shape
+    starts = kept * torch.arange(batch + 1, device=DEVICE, dtype=torch.int32)
+    packed = given | {"context": given["context"].flatten(0, 1), "offsets": starts}
+    (out, context_grad, table_grad), ours = run(operation(given, impl), given), run(operation(packed, impl), packed)
+    assert_equal(ours[:1], [out.flatten(0, -2)])
+    if impl == "triton":
+        assert_equal(ours[1:], [context_grad.flatten(0, 1), table_grad])
+    else:  # torch sums in another order
+        torch.testing.assert_close(ours[1:], [context_grad.flatten(0, 1), table_grad], rtol=1e-5, atol=1e-5)
+
+
+def test_sequence_offsets_cut_the_packed_tokens() -> None:
+    given = inputs(SHAPES[2], packed=True)
+    offsets, (batch, blocks, length) = given["offsets"], given["target_indices"].shape
+    tokens = ops.predictor_rows(**given, impl="triton")
+    starts = ops.sequence_offsets(offsets, blocks, length)
+    assert starts.dtype == torch.int32 and len(starts) == batch * blocks + 1 and not tokens[int(starts[-1]) :].any()
+    for image in range(batch):
+        alone = given | {
+            "context": given["context"][None, int(offsets[image]) : int(offsets[image + 1])],
+            "target_indices": given["target_indices"][image : image + 1], "offsets": None,
+        }  # fmt: skip
+        for block, expected in enumerate(ops.predictor_rows(**alone, impl="triton")[0]):
+            start, end = starts[image * blocks + block :][:2].tolist()
+            assert torch.equal(tokens[start:end], expected)
+
+
+def test_offsets_beyond_the_context_write_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong offsets on the device cannot be refused without waiting for it, but must not touch other memory."""
+    given = inputs(SHAPES[1], packed=True)
+    given["offsets"] += 20
+    memory: list[Tensor] = []
+
+    def allocate(*size: Any, **options: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 else size
+        memory.append(torch.full((3, *shape), 7.0, **options))
+        return memory[-1][1]
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    ops.predictor_rows(**given, impl="triton")
+    monkeypatch.undo()
+    (tokens,) = memory
+    assert (tokens[::2] == 7).all() and not (tokens[1] == 7).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_work_done_once_for_unique_tokens_is_that_done_for_each_sequence(impl: str) -> None:
+    """A layer that acts on each token alone, before or after the gather: the same sequences and gradients."""
     given = {
         name: x.double() if x is not None and x.is_floating_point() else x for name, x in inputs(SHAPES[1]).items()
     }
@@ -160,7 +214,7 @@ def test_work_done_once_for_shared_rows_is_that_done_for_each_sequence(impl: str
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES[1:4])
 def test_sums_of_integers_are_exact(shape: tuple[int, ...], packed: bool, impl: str) -> None:
-    """Gradients need no tolerance: of every context row the sum over M copies, of every row of the table over all."""
+    """Gradients need no tolerance: sums over the M copies of a context token, and over all copies of a table's row."""
     given = inputs(shape, packed)
     truth = {name: x.double() if x is not None and x.is_floating_point() else x for name, x in given.items()}
 
@@ -276,9 +330,9 @@ def test_registration(packed: bool) -> None:
     given["context"] = given["context"].nan_to_num().requires_grad_()
     given["table"].requires_grad_()
     context, table, indices, offsets = given.values()
-    torch.library.opcheck(door._predictor_tokens, (context, None, table, None, indices, offsets, None))
-    grads = wave(door._predictor_tokens(context, None, table, None, indices, offsets, None).detach())
-    torch.library.opcheck(door._predictor_tokens_backward, (grads, indices, offsets, list(context.shape), 9))
+    torch.library.opcheck(door._predictor_rows, (context, table, indices, offsets, None))
+    grads = wave(door._predictor_rows(context, table, indices, offsets, None).detach())
+    torch.library.opcheck(door._predictor_rows_backward, (grads, indices, offsets, list(context.shape), 9))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -297,8 +351,8 @@ def test_compiled_whole_graph(packed: bool, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_rows_have_one_size_to_a_compiler(packed: bool, impl: str) -> None:
-    """Not a sum of sizes, which Inductor cannot tell to divide a GPU's loops over all elements: it gave up there."""
+def test_sequences_have_one_size_to_a_compiler(packed: bool, impl: str) -> None:
+    """Not a sum of sizes, by which Inductor cannot divide a GPU's loops over all elements."""
     torch.compiler.reset()
     given, sizes = inputs(SHAPES[1], packed), []
 

@@ -1,4 +1,4 @@
-"""The token gather: both operations, their kernels (interpreted in fp32 without a GPU) and the networks on them."""
+"""Patch embedding: the operation and its kernels, interpreted in fp32 without a GPU; networks on the token gather."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cjepa_fast import ops, reference
 from cjepa_fast.config import VitShape
 from cjepa_fast.errors import UserError
-from cjepa_fast.networks.vit import Encoder, Predictor
+from cjepa_fast.networks import Encoder, Impl, Predictor
 from cjepa_fast.ops import _token_gather as door
 from oracle import assert_no_worse
 
@@ -33,8 +33,6 @@ MODES = ["all", "kept", "packed"]
 # (B, H, W, p, D, K): aligned; more rows than a program takes; nothing a multiple of anything, and more rows than a
 # program sums; one row
 PATCH_SHAPES = [(2, 64, 64, 16, 128, 16), (3, 12, 20, 4, 192, 13), (4, 15, 21, 3, 131, 47), (1, 4, 4, 4, 24, 1)]
-# (B, Kc, M, Kt, D, N): aligned; partial; nothing a multiple of anything; one token each
-TOKEN_SHAPES = [(2, 32, 4, 32, 128, 36), (2, 5, 3, 7, 192, 36), (3, 11, 2, 25, 131, 17), (1, 1, 1, 1, 24, 1)]
 
 
 def patch_inputs(shape: tuple[int, ...], pixels: str = "uint8", mode: str = "kept") -> dict[str, Any]:
@@ -60,27 +58,6 @@ def patch_inputs(shape: tuple[int, ...], pixels: str = "uint8", mode: str = "kep
     return {**{name: x if x is None else x.to(DEVICE) for name, x in arguments.items()}, "patch_size": p}
 
 
-def token_inputs(shape: tuple[int, ...], *, packed: bool = False, shared: bool = False) -> dict[str, Any]:
-    """Arguments of `predictor_tokens`; packed contexts have random lengths, 0 among them, and padding behind."""
-    batch, kept, blocks, length, width, count = shape
-    generator = torch.Generator().manual_seed(0)
-    context = torch.randn(batch, kept, width, generator=generator)
-    context_indices = torch.randint(count, (batch, kept), generator=generator)
-    offsets = None
-    if packed:
-        context, context_indices = context.flatten(0, 1), context_indices.flatten()
-        lengths = torch.randint(kept + 1, (batch,), generator=generator)
-        lengths[batch // 2] = kept if batch == 1 else 0
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        context_indices[int(offsets[-1]) :] = -7
-    arguments = dict(
-        context=context, mask_token=torch.randn(1, 1, width, generator=generator),
-        positions=torch.randn(count, width, generator=generator), context_indices=context_indices,
-        target_indices=torch.randint(count, (batch, blocks, length), generator=generator), offsets=offsets,
-    )  # fmt: skip
-    return {**{name: x if x is None else x.to(DEVICE) for name, x in arguments.items()}, "shared_context": shared}
-
-
 def wave(like: Tensor) -> Tensor:
     """A non-constant upstream gradient."""
     return torch.arange(1, like.numel() + 1, device=like.device).double().sin().view(like.shape).to(like.dtype)
@@ -100,13 +77,6 @@ def embed_and_grads(arguments: dict[str, Any], impl: str = "triton") -> list[Ten
     return run(embed, arguments["weight"], arguments["bias"])
 
 
-def tokens_and_grads(arguments: dict[str, Any], impl: str = "triton") -> list[Tensor]:
-    def assemble(context: Tensor, mask_token: Tensor) -> Tensor:
-        return ops.predictor_tokens(**{**arguments, "context": context, "mask_token": mask_token}, impl=impl)
-
-    return run(assemble, arguments["context"], arguments["mask_token"])
-
-
 def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
@@ -117,9 +87,6 @@ def strided(x: Tensor) -> Tensor:
     if x.ndim == 1:
         return torch.stack([x, x], dim=1)[:, 0]
     return x.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-# ---- against the truth
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,28 +110,6 @@ def test_patch_embed_is_no_worse_than_torch(shape: tuple[int, ...], pixels: str,
     assert_no_worse(fused, plain, [given["weight"], given["bias"]], dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("shape", TOKEN_SHAPES)
-def test_predictor_tokens_is_no_worse_than_torch(
-    shape: tuple[int, ...], packed: bool, shared: bool, dtype: torch.dtype
-) -> None:
-    given = token_inputs(shape, packed=packed, shared=shared)
-    given["positions"] = given["positions"].to(dtype)
-
-    def fused(context: Tensor, mask_token: Tensor) -> Tensor:
-        return ops.predictor_tokens(**{**given, "context": context, "mask_token": mask_token}, impl="triton")
-
-    def plain(context: Tensor, mask_token: Tensor) -> Tensor:
-        exact = {"context": context, "mask_token": mask_token, "positions": given["positions"].to(context.dtype)}
-        return reference.predictor_tokens(**{**given, **exact})
-
-    # the interpreter adds the rows of a tile one after the other, torch and a GPU in a tree
-    factor = 8.0 if DEVICE == "cpu" else 2.0
-    assert_no_worse(fused, plain, [given["context"], given["mask_token"]], dtype, factor)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pixels", PIXELS)
 def test_eager_patch_embed_in_fp64_is_the_reference(pixels: str, mode: str) -> None:
@@ -173,14 +118,6 @@ def test_eager_patch_embed_in_fp64_is_the_reference(pixels: str, mode: str) -> N
     torch.testing.assert_close(
         ops.patch_embed(**given), reference.patch_embed(**given), rtol=1e-12, atol=1e-12
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("shape", TOKEN_SHAPES)
-def test_eager_predictor_tokens_are_the_reference(shape: tuple[int, ...], packed: bool, shared: bool) -> None:
-    given = token_inputs(shape, packed=packed, shared=shared)
-    assert torch.equal(ops.predictor_tokens(**given, impl="eager"), reference.predictor_tokens(**given))
 
 
 @pytest.mark.parametrize("pixels", PIXELS)
@@ -209,26 +146,6 @@ def test_patch_embed_of_any_shape(sizes: tuple[int, ...], pixels: str, mode: str
     for ours, truth in zip(embed_and_grads(given), embed_and_grads(given, "eager"), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-4 * truth.abs().max().item())
     torch.testing.assert_close(ops.patch_embed(**given), reference.patch_embed(**given), rtol=1e-5, atol=1e-4)
-
-
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-@hypothesis.given(
-    st.tuples(
-        st.integers(1, 5), st.integers(1, 40), st.integers(1, 3), st.integers(1, 20), st.integers(1, 150),
-        st.integers(1, 9),
-    ),
-    st.booleans(),
-    st.booleans(),
-)  # fmt: skip
-def test_predictor_tokens_of_any_shape(shape: tuple[int, ...], packed: bool, shared: bool) -> None:
-    given = token_inputs(shape, packed=packed, shared=shared)
-    ours, truth = tokens_and_grads(given), tokens_and_grads(given, "eager")
-    assert torch.equal(ours[0], truth[0]) and torch.equal(ours[0], reference.predictor_tokens(**given))
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1, b.abs().max().item()))
-
-
-# ---- properties that need no tolerance
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -279,77 +196,10 @@ def test_packed_patches_equal_batched_ones() -> None:
     torch.testing.assert_close(ours[1], bias_grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_each_block_is_what_it_would_be_alone(impl: str) -> None:
-    given = token_inputs(TOKEN_SHAPES[2])
-    tokens = ops.predictor_tokens(**given, impl=impl)
-    for block in range(tokens.shape[1]):
-        alone = {**given, "target_indices": given["target_indices"][:, block : block + 1]}
-        assert torch.equal(ops.predictor_tokens(**alone, impl=impl)[:, 0], tokens[:, block])
-        assert torch.equal(ops.predictor_tokens(**{**alone, "shared_context": True}, impl=impl), tokens[:, block])
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shared", [False, True])
-def test_packed_contexts_of_equal_length_equal_batched_ones(shared: bool, impl: str) -> None:
-    given = token_inputs(TOKEN_SHAPES[2], shared=shared)
-    batch, kept, _ = given["context"].shape
-    packed = given | {
-        "context": given["context"].flatten(0, 1),
-        "context_indices": given["context_indices"].flatten(),
-        "offsets": kept * torch.arange(batch + 1, device=DEVICE, dtype=torch.int32),
-    }
-    (tokens, context_grad, mask_grad), actual = tokens_and_grads(given, impl), tokens_and_grads(packed, impl)
-    assert torch.equal(actual[0], tokens.flatten(0, -2))
-    if impl == "triton":
-        assert_equal(actual[1:], [context_grad.flatten(0, 1), mask_grad])
-    else:  # torch sums in another order
-        torch.testing.assert_close(actual[1], context_grad.flatten(0, 1))
-        torch.testing.assert_close(actual[2], mask_grad, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_sequence_offsets_cut_the_packed_tokens(shared: bool) -> None:
-    given = token_inputs(TOKEN_SHAPES[2], packed=True, shared=shared)
-    offsets, (_, blocks, length) = given["offsets"], given["target_indices"].shape
-    tokens = ops.predictor_tokens(**given, impl="triton")
-    starts = ops.sequence_offsets(offsets, blocks, length, shared)
-    assert starts.dtype == torch.int32 and not tokens[int(starts[-1]) :].any()
-    parts = [tokens[a:b] for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)]
-    for image in range(len(offsets) - 1):
-        rows = slice(int(offsets[image]), int(offsets[image + 1]))
-        alone = given | {
-            "context": given["context"][None, rows], "context_indices": given["context_indices"][None, rows],
-            "target_indices": given["target_indices"][image : image + 1], "offsets": None,
-        }  # fmt: skip
-        expected = ops.predictor_tokens(**alone, impl="triton")
-        if shared:
-            assert torch.equal(parts[image], expected[0])
-        else:
-            assert_equal(parts[image * blocks : (image + 1) * blocks], list(expected[0]))
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_sums_of_integers_are_exact(packed: bool) -> None:
-    given = token_inputs(TOKEN_SHAPES[2], packed=packed)
-    leaves = [given[name].clone().requires_grad_() for name in ("context", "mask_token")]
-    tokens = ops.predictor_tokens(**given | {"context": leaves[0], "mask_token": leaves[1]}, impl="triton")
-    upstream = (7 * torch.arange(tokens.numel(), device=DEVICE) % 101 - 50).view(tokens.shape).float()
-    context_grad, mask_grad = torch.autograd.grad(tokens, leaves, upstream)
-    twins = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    truth = {"context": twins[0], "mask_token": twins[1], "positions": given["positions"].double()}
-    expected = torch.autograd.grad(reference.predictor_tokens(**given | truth), twins, upstream.double())
-    assert torch.equal(context_grad.double(), expected[0]) and torch.equal(mask_grad.double(), expected[1])
-
-
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
 def test_index_dtypes_agree_bitwise(dtype: torch.dtype) -> None:
     given = patch_inputs(PATCH_SHAPES[1])
     assert_equal(embed_and_grads(given | {"indices": given["indices"].to(dtype)}), embed_and_grads(given))
-    given = token_inputs(TOKEN_SHAPES[1])
-    narrow = {name: given[name].to(dtype) for name in ("context_indices", "target_indices")}
-    for impl in IMPLS:
-        assert_equal(tokens_and_grads(given | narrow, impl), tokens_and_grads(given, impl))
 
 
 @pytest.mark.parametrize("mode", ["kept", "packed"])
@@ -358,26 +208,16 @@ def test_strided_inputs_agree_bitwise(mode: str) -> None:
     moved = {name: strided(x) if isinstance(x, Tensor) else x for name, x in given.items()}
     assert not any(x.is_contiguous() for x in moved.values() if isinstance(x, Tensor))
     assert_equal(embed_and_grads(moved), embed_and_grads(given))
-    given = token_inputs(TOKEN_SHAPES[1], packed=mode == "packed")
-    moved = {name: strided(x) if isinstance(x, Tensor) else x for name, x in given.items()}
-    assert_equal(tokens_and_grads(moved), tokens_and_grads(given))
 
 
 def test_strided_upstream_gradients_agree_bitwise() -> None:
-    for given, operation, names in [
-        (patch_inputs(PATCH_SHAPES[1]), ops.patch_embed, ("weight", "bias")),
-        (token_inputs(TOKEN_SHAPES[1]), ops.predictor_tokens, ("context", "mask_token")),
-    ]:
-        leaves = [given[name].clone().requires_grad_() for name in names]
-        out = operation(**{**given, **dict(zip(names, leaves, strict=True))}, impl="triton")
-        upstream = wave(out)
-        first = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
-        second = torch.autograd.grad(out, leaves, strided(upstream))
-        assert_equal(list(first[1:]), list(second[1:]))
-        torch.testing.assert_close(first[0], second[0])  # the product may take the other layout another way
-
-
-# ---- edges
+    given = patch_inputs(PATCH_SHAPES[1])
+    leaves = [given[name].clone().requires_grad_() for name in ("weight", "bias")]
+    out = ops.patch_embed(**given | {"weight": leaves[0], "bias": leaves[1]}, impl="triton")
+    weight_grad, bias_grad = torch.autograd.grad(out, leaves, wave(out), retain_graph=True)
+    again = torch.autograd.grad(out, leaves, strided(wave(out)))
+    assert torch.equal(again[1], bias_grad)
+    torch.testing.assert_close(again[0], weight_grad)  # torch's product may add in another order
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -391,18 +231,6 @@ def test_no_patches(batch: int, kept: int, impl: str) -> None:
     packed = given | {"indices": tokens, "image_of": tokens.int()}
     out, *grads = embed_and_grads(packed, impl)
     assert out.shape == (0, 24) and not any(grad.any() for grad in grads)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shape", [(0, 3, 2, 4, 24, 9), (2, 0, 2, 4, 24, 9), (2, 3, 2, 0, 24, 9), (2, 3, 0, 4, 24, 9)])
-def test_no_tokens(shape: tuple[int, ...], impl: str) -> None:
-    batch, kept, blocks, length, width, _ = shape
-    given = token_inputs(shape)
-    out, context_grad, mask_grad = tokens_and_grads(given, impl)
-    assert out.shape == (batch, blocks, kept + length, width) and context_grad.shape == (batch, kept, width)
-    expected = wave(out)
-    torch.testing.assert_close(context_grad, expected[:, :, :kept].sum(1))
-    torch.testing.assert_close(mask_grad.flatten(), expected[:, :, kept:].sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("index", "image"), [(-1, None), (15, None), (2**32 + 3, None), (-1, 0), (0, -2), (0, 3)])
@@ -419,37 +247,6 @@ def test_patch_outside_is_loud(index: int, image: int | None) -> None:
             ops.patch_embed(**given, impl="eager")
 
 
-@pytest.mark.parametrize("bad", [-1, 36, 2**32 + 3])
-@pytest.mark.parametrize("packed", [False, True])
-def test_token_outside_is_loud(packed: bool, bad: int) -> None:
-    for name, rows in [("context_indices", 3), ("target_indices", 1)]:
-        given = token_inputs(TOKEN_SHAPES[1], packed=packed)
-        given[name].view(-1)[0] = bad
-        out = ops.predictor_tokens(**given, impl="triton").flatten(0, -2)
-        assert out.isnan().any(1).sum() == out.isnan().all(1).sum() == rows
-        if DEVICE == "cpu":
-            with pytest.raises(IndexError):
-                ops.predictor_tokens(**given, impl="eager")
-
-
-def test_offsets_beyond_the_context_write_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nonsense on the device cannot be refused without waiting for it, but must not touch other memory."""
-    given = token_inputs(TOKEN_SHAPES[1], packed=True)
-    given["offsets"] += 20
-    memory: list[Tensor] = []
-
-    def allocate(*size: Any, **options: Any) -> Tensor:
-        shape = size[0] if len(size) == 1 else size
-        memory.append(torch.full((3, *shape), 7.0, **options))
-        return memory[-1][1]
-
-    monkeypatch.setattr(torch, "empty", allocate)
-    ops.predictor_tokens(**given, impl="triton")
-    monkeypatch.undo()
-    (tokens,) = memory
-    assert (tokens[::2] == 7).all() and not (tokens[1] == 7).all()
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_images_and_positions_get_no_gradient(impl: str) -> None:
     given = patch_inputs(PATCH_SHAPES[1], "float")
@@ -457,11 +254,9 @@ def test_images_and_positions_get_no_gradient(impl: str) -> None:
     given["weight"].requires_grad_()
     ops.patch_embed(**given, impl=impl).sum().backward()
     assert given["weight"].grad is not None and given["images"].grad is None
-    tokens = token_inputs(TOKEN_SHAPES[1])
-    for operation, arguments in ((ops.patch_embed, given), (ops.predictor_tokens, tokens)):
-        arguments["positions"].requires_grad_()
-        with pytest.raises(ValueError, match="positions require a gradient"):
-            operation(**arguments, impl=impl)
+    given["positions"].requires_grad_()
+    with pytest.raises(ValueError, match="positions require a gradient"):
+        ops.patch_embed(**given, impl=impl)
 
 
 @pytest.mark.parametrize("trained", ["weight", "bias"])
@@ -471,9 +266,6 @@ def test_one_of_weight_and_bias_may_be_frozen(trained: str) -> None:
     leaf = given[trained].requires_grad_()
     out = ops.patch_embed(**given, impl="triton")
     assert torch.equal(torch.autograd.grad(out, leaf, wave(out))[0], both[trained])
-
-
-# ---- registration, compilation, counting
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -488,58 +280,29 @@ def test_patch_embed_registration(mode: str) -> None:
     torch.library.opcheck(door._column_sum, (given["weight"].detach().T.contiguous(), None))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_predictor_tokens_registration(packed: bool) -> None:
-    given = token_inputs((2, 5, 3, 4, 24, 9), packed=packed)
-    context, mask_token = given["context"].requires_grad_(), given["mask_token"].flatten().requires_grad_()
-    rest = [given[name] for name in ("positions", "context_indices", "target_indices", "offsets")]
-    rest.append(None)
-    torch.library.opcheck(door._predictor_tokens, (context, mask_token, *rest))
-    grads = wave(door._predictor_tokens(context, mask_token, *rest).detach())
-    backward = (grads, given["target_indices"], given["offsets"], list(context.shape), None)
-    torch.library.opcheck(door._predictor_tokens_backward, backward)
+def around(mode: str, impl: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The operation as a function of what it differentiates, with other operations around it to compile."""
+    given = patch_inputs(PATCH_SHAPES[1], mode=mode)
 
+    def f(weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.patch_embed(**given | {"weight": 1.5 * weight, "bias": 1.5 * bias}, impl=impl) + 1
 
-CASES: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[str, str]]] = {
-    **{
-        f"patch_embed {mode}": (ops.patch_embed, patch_inputs(PATCH_SHAPES[1], mode=mode), ("weight", "bias"))
-        for mode in MODES
-    },
-    **{
-        f"predictor_tokens{' packed' * packed}{' shared' * shared}": (
-            ops.predictor_tokens,
-            token_inputs(TOKEN_SHAPES[1], packed=packed, shared=shared),
-            ("context", "mask_token"),
-        )
-        for packed in (False, True)
-        for shared in (False, True)
-    },
-}
-
-
-def case(name: str, impl: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """An operation as a function of what it differentiates, with something around it to compile."""
-    operation, arguments, names = CASES[name]
-
-    def f(*leaves: Tensor) -> Tensor:
-        return operation(**{**arguments, **dict(zip(names, (1.5 * x for x in leaves), strict=True))}, impl=impl) + 1
-
-    return f, [arguments[leaf] for leaf in names]
+    return f, [given["weight"], given["bias"]]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", CASES)
-def test_compiled_whole_graph(name: str, impl: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_whole_graph(mode: str, impl: str) -> None:
     """Without graph break, so without waiting for the device; the choice is made while tracing."""
     torch.compiler.reset()
-    f, leaves = case(name, impl)
+    f, leaves = around(mode, impl)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert_equal(run(compiled, *leaves), run(f, *leaves))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_under_activation_checkpointing(name: str) -> None:
-    f, leaves = case(name, "triton")
+@pytest.mark.parametrize("mode", MODES)
+def test_under_activation_checkpointing(mode: str) -> None:
+    f, leaves = around(mode, "triton")
 
     def again(*leaves: Tensor) -> Tensor:
         out = checkpoint(f, *leaves, use_reentrant=False)
@@ -549,40 +312,33 @@ def test_under_activation_checkpointing(name: str) -> None:
     assert_equal(run(again, *leaves), run(f, *leaves))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_flops_do_not_depend_on_the_implementation(name: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_flops_do_not_depend_on_the_implementation(mode: str) -> None:
     counts = []
     for impl in IMPLS:
-        f, leaves = case(name, impl)
+        f, leaves = around(mode, impl)
         with FlopCounterMode(display=False) as counter:
             run(f, *leaves)
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] and (counts[0] > 0) == name.startswith("patch")
+    assert counts[0] == counts[1] > 0
 
 
 def test_backward_twice_gives_the_same_gradient() -> None:
-    for name in CASES:
-        f, leaves = case(name, "triton")
+    for mode in MODES:
+        f, leaves = around(mode, "triton")
         assert_equal(run(f, *leaves), run(f, *leaves))
 
 
-# ---- refusals and choice
-
-
 def test_impl_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    patches, tokens = patch_inputs(PATCH_SHAPES[1]), token_inputs(TOKEN_SHAPES[1])
-    for operation, given, name in (
-        (ops.patch_embed, patches, "weight"), (ops.predictor_tokens, tokens, "context"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match="unknown impl 'cuda'"):
-            operation(**given, impl="cuda")
-        double = given | {name: given[name].double()}
-        with pytest.raises(UserError, match=rf"cannot run {operation.__name__}: dtypes torch\.float64 are not"):
-            operation(**double, impl="triton")
-        with monkeypatch.context() as patch:
-            patch.delenv("TRITON_INTERPRET", raising=False)
-            with pytest.raises(UserError, match="tensors are on cpu"):
-                operation(**{n: x.cpu() if isinstance(x, Tensor) else x for n, x in given.items()}, impl="triton")
+    given = patch_inputs(PATCH_SHAPES[1])
+    with pytest.raises(UserError, match="unknown impl 'cuda'"):
+        ops.patch_embed(**given, impl="cuda")
+    double = given | {"weight": given["weight"].double()}
+    with pytest.raises(UserError, match=r"cannot run patch_embed: dtypes torch\.float64 are not"):
+        ops.patch_embed(**double, impl="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="tensors are on cpu"):
+        ops.patch_embed(**{n: x.cpu() if isinstance(x, Tensor) else x for n, x in given.items()}, impl="triton")
 
 
 @pytest.mark.parametrize(
@@ -613,36 +369,10 @@ def test_patch_embed_refuses(change: dict[str, Any], message: str) -> None:
         ops.patch_embed(**patch_inputs(PATCH_SHAPES[1]) | moved)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"context": torch.zeros(2, 4, 192)}, r"context \(2, 4, 192\), context_indices \(2, 5\)"),
-        ({"target_indices": torch.zeros(2, 3, dtype=torch.int64)}, r"target_indices \(2, 3\) are not"),
-        ({"target_indices": torch.zeros(1, 3, 7, dtype=torch.int64)}, "context is of 2 images, target_indices of 1"),
-        ({"target_indices": torch.zeros(2, 3, 7)}, r"target_indices is torch\.float32"),
-        ({"context_indices": torch.zeros(2, 5, dtype=torch.bool)}, r"context_indices is torch\.bool"),
-        ({"positions": torch.zeros(36, 191)}, r"wants positions \[N, 192\].*got \(36, 191\)"),
-        ({"mask_token": torch.zeros(191)}, r"a mask token of 192, got .* \(191,\)"),
-        ({"offsets": torch.zeros(3, dtype=torch.int32)}, r"nor with offsets \[T, D\] and \[T\]"),
-        ({"positions": torch.zeros(36, 192, device="meta")}, "positions is on meta, expected"),
-    ],
-)
-def test_predictor_tokens_refuses(change: dict[str, Any], message: str) -> None:
-    moved = {n: x.to(DEVICE) if isinstance(x, Tensor) and not x.is_meta else x for n, x in change.items()}
-    with pytest.raises(ValueError, match=message):
-        ops.predictor_tokens(**token_inputs(TOKEN_SHAPES[1]) | moved)
-    packed = token_inputs(TOKEN_SHAPES[1], packed=True)
-    with pytest.raises(ValueError, match=r"offsets are torch\.int64 \(3,\), want torch\.int32 \(3,\)"):
-        ops.predictor_tokens(**packed | {"offsets": packed["offsets"].long()})
-
-
-# ---- the networks
-
-
 def networks(kernels: str) -> tuple[Encoder, Predictor]:
     torch.manual_seed(0)
-    encoder = Encoder(VitShape(32, 1, 2), 16, 4, kernels=kernels)
-    predictor = Predictor(VitShape(16, 1, 2), 32, encoder.grid, kernels=kernels)
+    encoder = Encoder(VitShape(32, 1, 2), 16, 4, impl=Impl(kernels))
+    predictor = Predictor(VitShape(16, 1, 2), 32, encoder.grid, impl=Impl(kernels))
     for parameter in (*encoder.parameters(), *predictor.parameters()):
         with torch.no_grad():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -653,7 +383,7 @@ def networks(kernels: str) -> tuple[Encoder, Predictor]:
 def test_networks_compute_the_same_with_either_implementation(pixels: str) -> None:
     """Outputs and the gradient of every parameter; one state dict fits both."""
     given = patch_inputs((2, 16, 16, 4, 32, 6), pixels)
-    targets = token_inputs((2, 1, 3, 4, 16, 16))["target_indices"].short()
+    targets = torch.arange(24, device=DEVICE).view(2, 3, 4).remainder(16).short()
     indices, results = given["indices"].short(), []
     for kernels in IMPLS:
         encoder, predictor = networks(kernels)
@@ -673,7 +403,6 @@ def test_networks_pass_the_choice_on() -> None:
     encoder, predictor = networks("cuda")
     with pytest.raises(UserError, match="unknown impl 'cuda' for patch_embed"):
         encoder(given["images"])
-    for shared_start, operation in ((True, "predictor_rows"), (False, "predictor_tokens")):
-        predictor.shared_start, predictor.predictor_embed.kernels = shared_start, "auto"
-        with pytest.raises(UserError, match=f"unknown impl 'cuda' for {operation}"):
-            predictor(torch.zeros(2, 6, 32, device=DEVICE), given["indices"], given["indices"][:, None])
+    predictor.predictor_embed.kernels = "auto"
+    with pytest.raises(UserError, match="unknown impl 'cuda' for predictor_rows"):
+        predictor(torch.zeros(2, 6, 32, device=DEVICE), given["indices"], given["indices"][:, None])

@@ -29,7 +29,6 @@ from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.engine.step import forward_backward
 from cjepa_fast.feed.order import epoch_order
 from cjepa_fast.masks import Masks
-from cjepa_fast.ops import _choice
 from cjepa_fast.run import checkpoint
 from cjepa_fast.train import (
     InterruptFlag,
@@ -195,11 +194,6 @@ def test_two_nodes_meet_and_one_goes_on(images: Path, straight: Path, tmp_path: 
         (["--runtime.cpu-threads", "2"], 1e-5),
         (["--runtime.kernels", "eager"], 1e-5),
         (["--runtime.masks", "numpy"], 0),
-        (["--runtime.no-predictor-targets-only"], 1e-5),
-        (["--runtime.no-predictor-shared-start"], 1e-5),
-        (["--runtime.no-target-union-only"], 1e-5),
-        (["--runtime.no-keep-memory"], 0),
-        (["--runtime.no-weight-copies", "--model.precision", "bf16"], 0),
         pytest.param(
             ["--runtime.kernels", "triton"],
             1e-5,
@@ -246,19 +240,6 @@ def test_speed_settings_change_nothing(
     theirs = run(images, tmp_path / "plain", *steps, *low) if steps else metrics(straight)
     for a, b in zip(theirs, ours, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance, abs=0), f"step {a['step']}"
-
-
-def test_attention_that_takes_no_packed_rows(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It leaves those of the target encoder's last block to auto, and says so."""
-    monkeypatch.setattr("cjepa_fast.run.meter.FEATURE_ROWS", 8)  # else the health figures would want whole outputs
-    options = ["--run.log-every", "4", "--optim.steps", "4", "--optim.warmup-epochs", "0"]
-    (plain,) = run(images, tmp_path / "plain", *options)
-    _choice.announce.cache_clear()
-    (line,) = run(images, tmp_path / "run", *options, "--runtime.attention", "sdpa_flash")
-    assert line["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-    assert "attention (packed): sdpa (the tensors are on cpu; sdpa_flash, asked for, cannot run: " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -629,7 +610,10 @@ def broken(folder: Path, name: str, content: bytes) -> Path:
         (["--optim.warmup-epochs", "1e308", "--optim.steps", "5"], "optim.warmup_epochs"),
         (["--run.dir", "{tmp}/run", "lr", "3"], "--run.dir: expected a path or None, got"),
         (["--runtime.kernels", "triton"], "runtime.kernels: triton cannot run"),
-        (["--runtime.attention", "sdpa_cudnn"], "runtime.attention: sdpa_cudnn cannot run"),
+        (
+            ["--runtime.attention", "sdpa", "--runtime.compile", "static"],  # unions of targets are packed
+            "runtime.attention: sdpa cannot run: packed sequences would have to be padded; use auto",
+        ),
         pytest.param(
             ["--runtime.masks", "cuda"], "impl='cuda' (runtime.masks) cannot be had",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to sample on"),

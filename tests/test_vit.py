@@ -13,16 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cjepa_fast import reference
 from cjepa_fast.config import ENCODERS, VitShape
 from cjepa_fast.errors import UserError
-from cjepa_fast.networks.vit import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Encoder,
-    Predictor,
-    build_encoder,
-    build_predictor,
-    hold_copies,
-    sincos_positions,
-)
+from cjepa_fast.networks import Encoder, Impl, Predictor, build_encoder, build_predictor
+from cjepa_fast.networks.precision import hold_copies
+from cjepa_fast.networks.vit import IMAGENET_MEAN, IMAGENET_STD, sincos_positions
 
 SHAPE = VitShape(48, 3, 4)
 NARROW = VitShape(24, 2, 4)
@@ -62,15 +55,34 @@ def test_encoder_equals_reference(kept: int | None) -> None:
         torch.testing.assert_close(parameter.grad, state[name].grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_predictor_equals_reference() -> None:
-    predictor = scrambled(Predictor(NARROW, SHAPE.width, (5, 5)))
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shared_context", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_predictor_equals_reference(depth: int, shared_context: bool, packed: bool) -> None:
+    """Although the first block projects unique tokens once and the last block leaves out context tokens."""
+    shape = NARROW._replace(depth=depth)
+    predictor = scrambled(Predictor(shape, SHAPE.width, (5, 5), shared_context=shared_context))
+    lengths = [7, 4] if packed else [7, 7]
     context = wave(2, 7, SHAPE.width).requires_grad_()
     context_indices = some_indices(2, 25, 7)
     target_indices = some_indices(6, 25, 4, seed=1).view(2, 3, 4)
     state = {name: p.detach().clone().requires_grad_() for name, p in predictor.state_dict().items()}
-    ours = predictor(context, context_indices, target_indices)
+    if packed:  # behind the last context two tokens of padding
+        real = torch.arange(7) < torch.tensor(lengths)[:, None]
+        tokens = torch.cat([context[real], wave(2, SHAPE.width)])
+        indices = torch.cat([context_indices[real], torch.tensor([-1, -1])])
+        ours = predictor(tokens, indices, target_indices, torch.tensor([0, 7, 11]).int())
+    else:
+        ours = predictor(context, context_indices, target_indices)
     again = context.detach().clone().requires_grad_()
-    truth = reference.predictor(state, again, context_indices, target_indices, NARROW.heads)
+    alone = [
+        reference.predictor(
+            state, again[i : i + 1, :n], context_indices[i : i + 1, :n], target_indices[i : i + 1], shape.heads,
+            shared_context,
+        )
+        for i, n in enumerate(lengths)
+    ]  # fmt: skip
+    truth = torch.cat(alone)
     assert ours.shape == (2, 3, 4, SHAPE.width)
     torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)
     upstream = wave(*ours.shape)
@@ -257,11 +269,12 @@ def test_rounded_gradients_replace_or_add() -> None:
     assert torch.equal(backward(), value)
 
 
+@pytest.mark.parametrize("shared_context", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_no_size_is_a_sum_to_a_compiler(packed: bool) -> None:
-    """Of rows that leave a block where one program serves all sizes: Inductor divides no GPU's loops by a sum."""
+def test_no_size_is_a_sum_to_a_compiler(packed: bool, shared_context: bool) -> None:
+    """Sizes of a block's outputs where one program serves all: Inductor cannot divide a GPU's loops by a sum."""
     torch.compiler.reset()
-    predictor = Predictor(NARROW, SHAPE.width, (4, 4), kernels="triton")
+    predictor = Predictor(NARROW, SHAPE.width, (4, 4), shared_context=shared_context, impl=Impl("triton"))
     sizes = []
 
     def capture(graph: torch.fx.GraphModule, _: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cjepa_fast.networks.vit import take_rows
+from cjepa_fast.networks.sequences import take_rows
 
 
 def feature_std(features: Tensor) -> Tensor:

@@ -1,17 +1,6 @@
-"""The losses, functions of embeddings; batch statistics are those of the global batch."""
+"""The losses, functions of embeddings; batch statistics are those of all ranks."""
 
-from cjepa_fast.losses.second_moment import (
-    GlobalBatchNorm,
-    Projector,
-    block_vicreg,
-    context_target_vicreg,
-    prediction_loss,
-)  # fmt: skip
+from cjepa_fast.losses.prediction import prediction_loss
+from cjepa_fast.losses.second_moment import block_vicreg, context_target_vicreg, vicreg
 
-__all__ = ["GlobalBatchNorm", "Projector", "block_vicreg", "context_target_vicreg", "prediction_loss"]
-
-
-def vicreg(x, y, *, impl="auto"):
-    import torch
-
-    return block_vicreg(torch.stack([x, y], 1), impl=impl)
+__all__ = ["block_vicreg", "context_target_vicreg", "prediction_loss", "vicreg"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cjepa_fast.config import Config
-from cjepa_fast.networks import Encoder, Predictor, build_encoder, build_predictor
+from cjepa_fast.networks import Encoder, Impl, Predictor, build_encoder, build_predictor
 from cjepa_fast.networks.heads import Projector
 
 
@@ -14,12 +14,15 @@ def activation_dtype(c: Config) -> torch.dtype:
     return torch.bfloat16 if c.model.precision == "bf16" else torch.float32
 
 
+def _impl(c: Config) -> Impl:
+    return Impl(c.runtime.kernels, c.runtime.attention)
+
+
 def encoder(c: Config) -> Encoder:
     """Build an encoder."""
     return build_encoder(
         c.model.encoder, c.model.image_size, c.model.patch_size, mean=c.data.mean, std=c.data.std,
-        depth_rescale=c.model.depth_rescale_init, dtype=activation_dtype(c), kernels=c.runtime.kernels,
-        attention=c.runtime.attention,
+        depth_rescale=c.model.depth_rescale_init, dtype=activation_dtype(c), impl=_impl(c),
     )  # fmt: skip
 
 
@@ -28,7 +31,7 @@ def predictor(c: Config) -> Predictor:
     return build_predictor(
         c.model.encoder, c.model.image_size, c.model.patch_size, c.model.predictor_depth, c.model.predictor_width,
         depth_rescale=c.model.depth_rescale_init, shared_context=c.model.predictor_context == "shared",
-        kernels=c.runtime.kernels, attention=c.runtime.attention,
+        impl=_impl(c),
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 """The encoder, the predictor and their parts."""
 
-from cjepa_fast.networks.vit import Encoder, Predictor, build_encoder, build_predictor
+from cjepa_fast.networks.vit import Encoder, Impl, Predictor, build_encoder, build_predictor
 
-__all__ = ["Encoder", "Predictor", "build_encoder", "build_predictor"]
+__all__ = ["Encoder", "Impl", "Predictor", "build_encoder", "build_predictor"]

@@ -7,14 +7,15 @@ One file per operation; nothing outside this package imports `cjepa_fast.kernels
 """
 
 from cjepa_fast.ops._adamw_ema import adamw_ema
-from cjepa_fast.ops._attention import attention, require_attention
+from cjepa_fast.ops._attention import attention
+from cjepa_fast.ops._attention_choice import require_attention
 from cjepa_fast.ops._choice import choose, require
 from cjepa_fast.ops._float8 import float8_linear, quantise_rows, require_float8
 from cjepa_fast.ops._linear import linear
 from cjepa_fast.ops._masks import mask_sampler, mask_workspace, sample_masks, sample_masks_on_gpu
 from cjepa_fast.ops._prediction_loss import prediction_loss
 from cjepa_fast.ops._resize import resize_images
-from cjepa_fast.ops._token_gather import patch_embed, predictor_rows, predictor_tokens, sequence_offsets
+from cjepa_fast.ops._token_gather import patch_embed, predictor_rows, sequence_offsets
 from cjepa_fast.ops._variance_covariance import variance_covariance, variance_covariance_form
 
 __all__ = [
@@ -28,7 +29,6 @@ __all__ = [
     "patch_embed",
     "prediction_loss",
     "predictor_rows",
-    "predictor_tokens",
     "quantise_rows",
     "require",
     "require_attention",

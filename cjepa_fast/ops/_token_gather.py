@@ -1,4 +1,4 @@
-"""The token gather: kept patches into the embedding, context and mask tokens into the predictor's sequences."""
+"""The token gather: kept patches into the embedding, unique tokens into the predictor's sequences."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def patch_embed(
     images: Tensor, indices: Tensor | None, weight: Tensor, bias: Tensor, positions: Tensor, *, patch_size: int,
     image_of: Tensor | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Linear embedding of the kept p x p patches plus their positions: y = W x + b + e[index].
+    """Embed the kept p x p patches and add their positions: y = W x + b + e[index].
 
-    Images and positions are constants: no gradient reaches them. An index outside [0, N), or an image outside [0, B),
-    is an error of the eager implementation and makes the row NaN in the Triton one.
+    Images and positions are constants: no gradient reaches them. For an index outside [0, N) or an image outside
+    [0, B), the eager implementation raises, and the Triton one makes the token NaN.
 
-    The Triton kernel gathers the patches and writes b + e[index] in one launch, and one cuBLAS product accumulates
-    onto that. The gathered patches are kept for the weight's gradient: they take a seventeenth of the memory of one
-    transformer block's activations, and gathering them again would cost a launch and a pass.
+    The Triton kernel gathers the patches and writes b + e[index] in one launch; one cuBLAS product accumulates onto
+    the result. The gathered patches are kept for the weight's gradient. They take a seventeenth of the memory of one
+    transformer block's activations; gathering again would cost a launch and a pass.
 
     Args:
         images: uint8 [B, H, W, 3] or floating [B, 3, H, W].
         indices: integer (16, 32 or 64 bits) [B, K], row-major patch numbers, or None for all N = (H/p)(W/p) patches;
-            [T] in the packed mode.
+            [T] in packed mode.
         weight: [D, 3 p p], flattened as a patch lies in the images: (row, column, channel) for uint8 and
             (channel, row, column) for floating images. Its dtype is the product's and the result's.
-        bias: [D], positions: [N, D]; floating. Left in fp32 they are added in fp32 and rounded once by the kernel.
-        image_of: int32 [T], the packed mode: token t is patch indices[t] of image image_of[t], or padding if that
-            is -1, whatever indices[t] is. Rows of padding are zero, and their gradient is left out of the bias'.
+        bias: [D], positions: [N, D]; floating. The kernel adds fp32 ones in fp32 and rounds once.
+        image_of: int32 [T], packed mode: token t is patch indices[t] of image image_of[t], or padding if image_of[t]
+            is -1, whatever indices[t] is. Padding is zero, and its gradient is left out of the bias's.
         impl: see `cjepa_fast.ops`. The Triton kernel takes fp32, bf16 and fp16 and is deterministic.
 
-    Returns [B, K, D], or [T, D] in the packed mode.
+    Returns [B, K, D], or [T, D] in packed mode.
 
     Raises UserError if impl is unknown or cannot run, ValueError if shapes, dtypes or devices do not match.
     """
@@ -78,88 +78,34 @@ def patch_embed(
     return out if image_of is not None else out.view(batch, count if indices is None else indices.shape[1], embedding)
 
 
-def predictor_tokens(
-    context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor, *,
-    offsets: Tensor | None = None, shared_context: bool = False, impl: str = "auto",
-) -> Tensor:  # fmt: skip
-    """The predictor's input: per image and block [context + positions | mask token + positions of the block].
-
-    Positions are constants: no gradient reaches them. An index outside [0, N) is an error of the eager implementation
-    and makes the row NaN in the Triton one.
-
-    Args:
-        context: projected context embeddings [B, Kc, D]; packed [T, D].
-        mask_token: D elements of any shape. positions: [N, D]. Left in fp32 they are added in fp32 by the kernel.
-        context_indices: integer (16, 32 or 64 bits) [B, Kc]; packed [T].
-        target_indices: integer [B, M, Kt].
-        offsets: int32 [B + 1], the packed mode: the context of image b is rows offsets[b] to offsets[b + 1], with
-            offsets[0] = 0 and offsets[B] <= T. Rows from offsets[B] on are padding, whatever their indices are.
-        shared_context: one sequence per image, [context | block 1 | ... | block M].
-        impl: see `cjepa_fast.ops`. The Triton kernel takes fp32, bf16 and fp16 and is deterministic.
-
-    Returns, in the context's dtype,
-        [B, M, Kc + Kt, D], or with a shared context [B, Kc + M Kt, D];
-        packed: sequence s = b M + m behind sequence s - 1, [M T + B M Kt, D], or with a shared context
-        [T + B M Kt, D]. `sequence_offsets` says where they start. Rows behind the last sequence are zero.
-
-    Raises UserError if impl is unknown or cannot run, ValueError if shapes, dtypes or devices do not match.
-    """
-    width = context.shape[-1]
-    rows = context.shape[:-1]
-    if target_indices.ndim != 3 or context_indices.shape != rows or context.ndim != (3 if offsets is None else 2):
-        raise ValueError(
-            f"context {tuple(context.shape)}, context_indices {tuple(context_indices.shape)} and target_indices "
-            f"{tuple(target_indices.shape)} are not [B, Kc, D], [B, Kc] and [B, M, Kt], nor with offsets [T, D] and [T]"
-        )
-    _check_images(context, target_indices, offsets)
-    if positions.ndim != 2 or positions.shape[1] != width or mask_token.numel() != width:
-        raise ValueError(
-            f"context of width {width} wants positions [N, {width}] and a mask token of {width}, "
-            f"got {tuple(positions.shape)} and {tuple(mask_token.shape)}"
-        )
-    _check(
-        context.device, positions=positions, mask_token=mask_token, offsets=offsets, context_indices=context_indices,
-        target_indices=target_indices,
-    )  # fmt: skip
-    if shared_context:  # one block of all target tokens
-        target_indices = target_indices.flatten(1)[:, None]
-    mask_token = mask_token.reshape(width)
-    unsupported = _unsupported(context, mask_token, positions)
-    if choose("predictor_tokens", impl, context.device.type, unsupported) == "eager":
-        tokens = _predictor_tokens_eager(context, mask_token, positions, context_indices, target_indices, offsets)
-    else:
-        tokens = _predictor_tokens(
-            context.contiguous(), mask_token.contiguous(), positions.contiguous(), context_indices.contiguous(),
-            target_indices.contiguous(), _contiguous(offsets), None,
-        )  # fmt: skip
-    return tokens.squeeze(1) if shared_context and offsets is None else tokens
-
-
 def predictor_rows(
     context: Tensor, table: Tensor, target_indices: Tensor, *, offsets: Tensor | None = None, total: int | None = None,
     impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """The sequences of `predictor_tokens` from rows that are ready: per image and block [context | table[block]].
+    """Gather unique tokens into the predictor's sequences: for each image and block [context | table[block]].
 
-    What acts on each row alone, such as the norm and projection to q, k and v of the predictor's first block, need then
-    be computed once for each context token, which all M sequences of an image share, and once for each place of the
-    grid, as mask tokens of one place are equal in all images. An index outside [0, N) is an error of the eager
-    implementation and makes the row NaN in the Triton one.
+    The M sequences of an image share its context, and all images share the mask token of a position (the table).
+    Whatever acts on each token alone, such as a norm or a projection, can so precede the gather and run once per unique
+    token. For one sequence per image (a shared context), give all target tokens as one block, [B, 1, M Kt].
+
+    For an index outside [0, N), the eager implementation raises, and the Triton one makes the token NaN.
 
     Args:
         context: [B, Kc, W]; packed [T, W].
         table: [N, W], in the context's dtype.
         target_indices: integer (16, 32 or 64 bits) [B, M, Kt], rows of the table.
-        offsets: int32 [B + 1], the packed mode, as for `predictor_tokens`.
+        offsets: int32 [B + 1], packed mode: the context of image b is context[offsets[b] : offsets[b + 1]], with
+            offsets[0] = 0 and offsets[B] <= T. Padding follows from offsets[B] on.
         total: Kc + Kt, or packed M T + B M Kt, for a compiler of dynamic shapes, which cannot divide by a sum.
-        impl: see `cjepa_fast.ops`. The Triton kernel takes fp32, bf16 and fp16 and is deterministic: a row of the
-            table gets the sum of its copies' gradients in fp32 and in one order.
+        impl: see `cjepa_fast.ops`. The Triton kernel takes fp32, bf16 and fp16 and is deterministic: the gradient of
+            a row of the table is the fp32 sum over its copies, in one order.
 
-    Returns [B, M, Kc + Kt, W], or packed [M T + B M Kt, W] as `predictor_tokens` does.
+    Returns [B, M, Kc + Kt, W]; packed [M T + B M Kt, W], sequence s = b M + m behind sequence s - 1, where
+    `sequence_offsets` gives their starts, and zeros behind the last.
 
     Raises UserError if impl is unknown or cannot run, ValueError if shapes, dtypes or devices do not match.
     """
-    width = context.shape[-1]
+    batch, width = len(target_indices), context.shape[-1]
     if target_indices.ndim != 3 or context.ndim != (3 if offsets is None else 2) or table.shape[1:] != (width,):
         raise ValueError(
             f"context {tuple(context.shape)}, table {tuple(table.shape)} and target_indices "
@@ -167,32 +113,33 @@ def predictor_rows(
         )
     if table.dtype != context.dtype:
         raise ValueError(f"table is {table.dtype}, context {context.dtype}")
-    _check_images(context, target_indices, offsets)
+    if offsets is None and context.shape[0] != batch:
+        raise ValueError(f"context is of {context.shape[0]} images, target_indices of {batch}")
+    if offsets is not None and (offsets.shape != (batch + 1,) or offsets.dtype != torch.int32):
+        raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, want torch.int32 ({batch + 1},)")
     _check(context.device, table=table, offsets=offsets, target_indices=target_indices)
     if choose("predictor_rows", impl, context.device.type, _unsupported(context)) == "eager":
-        return _sequences_eager(context, F.embedding(target_indices.long(), table), offsets, total)
-    return _predictor_tokens(
-        context.contiguous(), None, table.contiguous(), None, target_indices.contiguous(), _contiguous(offsets), total
-    )  # fmt: skip
+        return _predictor_rows_eager(context, table, target_indices, offsets, total)
+    return _predictor_rows(
+        context.contiguous(), table.contiguous(), target_indices.contiguous(), _contiguous(offsets), total
+    )
 
 
-def sequence_offsets(offsets: Tensor, blocks: int, block_length: int, shared_context: bool) -> Tensor:
-    """Where the packed sequences of `predictor_tokens` start, and the end of the last.
+def sequence_offsets(offsets: Tensor, blocks: int, block_length: int) -> Tensor:
+    """Return where the packed sequences of `predictor_rows` start, and the end of the last.
 
     Args:
         offsets: int32 [B + 1], the starts of the images' contexts.
         blocks, block_length: M and Kt.
 
-    Returns int32 [B M + 1], or [B + 1] with a shared context, on the same device and without waiting for it.
+    Returns int32 [B M + 1] on the same device, without waiting for it.
     """
-    if shared_context:
-        blocks, block_length = 1, blocks * block_length
     lengths = (offsets.diff() + block_length).repeat_interleave(blocks)
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _check(device: torch.device, **tensors: Tensor | None) -> None:
-    """What all operations refuse: positions that want a gradient, indices that are none, a second device."""
+    """Raise ValueError for positions that want a gradient, indices of a wrong type, or a second device."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -204,19 +151,10 @@ def _check(device: torch.device, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is {tensor.dtype}, want int16, int32 or int64")
 
 
-def _check_images(context: Tensor, target_indices: Tensor, offsets: Tensor | None) -> None:
-    """Refuses contexts and targets of different numbers of images."""
-    batch = target_indices.shape[0]
-    if offsets is None and context.shape[0] != batch:
-        raise ValueError(f"context is of {context.shape[0]} images, target_indices of {batch}")
-    if offsets is not None and (offsets.shape != (batch + 1,) or offsets.dtype != torch.int32):
-        raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, want torch.int32 ({batch + 1},)")
-
-
 def _unsupported(*floats: Tensor) -> str | None:
-    """Why the kernels cannot take these tensors; None if they can."""
-    strange = [str(tensor.dtype) for tensor in floats if tensor.dtype not in _FLOATS]
-    return f"dtypes {', '.join(strange)} are not fp32, bf16 or fp16" if strange else None
+    """Return why the kernels cannot take these tensors; None if they can."""
+    other = [str(tensor.dtype) for tensor in floats if tensor.dtype not in _FLOATS]
+    return f"dtypes {', '.join(other)} are not fp32, bf16 or fp16" if other else None
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -241,44 +179,35 @@ def _patch_embed_eager(
         else:
             padding = image_of == -1
             image_of, indices = image_of.where(~padding, 0), indices.where(~padding, 0)
-        # unlike [], an embedding does not take negative indices for rows from the end
+        # Unlike indexing, an embedding refuses negative indices.
         positions = F.embedding(indices, positions)
         patches = patches[image_of, indices]
     tokens = F.linear(patches.to(dtype), weight, bias.to(dtype)) + positions
     return tokens if padding is None else tokens.masked_fill(padding[:, None], 0)
 
 
-def _predictor_tokens_eager(
-    context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor,
-    offsets: Tensor | None,
-) -> Tensor:  # fmt: skip
-    positions, context_indices = positions.to(context.dtype), context_indices.long()
-    masks = mask_token.to(context.dtype) + F.embedding(target_indices.long(), positions)
-    if offsets is not None:  # whatever the indices of padding are
-        real = torch.arange(context.shape[0], device=context.device) < offsets[-1]
-        context_indices = context_indices.where(real, 0)
-    return _sequences_eager(context + F.embedding(context_indices, positions), masks, offsets)
-
-
-def _sequences_eager(context: Tensor, masks: Tensor, offsets: Tensor | None, rows: int | None = None) -> Tensor:
-    """[context | masks of one block] for each image and block; masks [B, M, Kt, D]."""
-    batch, blocks, length, _ = masks.shape
-    if offsets is None and rows is not None and torch.compiler.is_compiling():  # the size of a cat would be a sum
-        return F.pad(context, (0, 0, 0, rows - context.shape[1]))[:, None] + F.pad(masks, (0, 0, rows - length, 0))
+def _predictor_rows_eager(
+    context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None, total: int | None
+) -> Tensor:
+    batch, blocks, length = target_indices.shape
+    masks = F.embedding(target_indices.long(), table)  # [B, M, Kt, W]
     if offsets is None:
+        if total is not None and torch.compiler.is_compiling():  # the size of a concatenation would be a sum
+            context = F.pad(context, (0, 0, 0, total - context.shape[1]))
+            return context[:, None] + F.pad(masks, (0, 0, total - length, 0))
         return torch.cat([context[:, None].expand(-1, blocks, -1, -1), masks], dim=2)
 
-    # every row of the result is a row of [context | masks | zero], whose numbers are arithmetic on the device
-    device, total, targets = context.device, context.shape[0], batch * blocks * length
-    starts = sequence_offsets(offsets, blocks, length, False).long()
-    row = torch.arange(blocks * total + targets if rows is None else rows, device=device)
-    sequence = torch.searchsorted(starts[1:], row, right=True)
-    behind = sequence == batch * blocks
-    image = sequence.where(~behind, 0) // blocks
-    within, count = row - starts[sequence], offsets.diff()[image]
-    source = torch.where(within < count, offsets[image] + within, total + sequence * length + within - count)
-    source = source.where(~behind, total + targets)
-    # its gradient is deterministic on a GPU too, and on a CPU takes half the time of that of []
+    # Every token of the result is a row of [context | masks | zero], whose number is arithmetic on the device.
+    device, kept, targets = context.device, context.shape[0], batch * blocks * length
+    starts = sequence_offsets(offsets, blocks, length).long()
+    token = torch.arange(blocks * kept + targets if total is None else total, device=device)
+    sequence = torch.searchsorted(starts[1:], token, right=True)
+    padding = sequence == batch * blocks
+    image = sequence.where(~padding, 0) // blocks
+    within, count = token - starts[sequence], offsets.diff()[image]
+    source = torch.where(within < count, offsets[image] + within, kept + sequence * length + within - count)
+    source = source.where(~padding, kept + targets)
+    # Unlike indexing, an embedding has a deterministic gradient on a GPU, in half the time on a CPU.
     return F.embedding(source, torch.cat([context, masks.flatten(0, 2), context.new_zeros(1, context.shape[1])]))
 
 
@@ -287,14 +216,13 @@ def _patch_embed(
     images: Tensor, indices: Tensor | None, image_of: Tensor | None, weight: Tensor, bias: Tensor, positions: Tensor,
     patch_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The embedding [rows, D] and the patches [rows, 3 p p] that its gradient wants."""
+    """Return the embedding [rows, D], and the patches [rows, 3 p p] for the gradient."""
     from cjepa_fast.kernels import token_gather as kernel
 
     patches, tokens = kernel.patches_and_tokens(
         images, indices, image_of, bias, positions, patch_size, weight.dtype
     )  # fmt: skip
-    # inside the operation because in place: addmm out of place would first copy the tokens, and the counter of FLOP
-    # does not know addmm_
+    # In place, as addmm would first copy the tokens. Inside the operation, as torch's FLOP counter ignores addmm_.
     return tokens.addmm_(patches, weight.t()), patches
 
 
@@ -309,7 +237,7 @@ def _(
 
 @torch.library.custom_op("cjepa::column_sum", mutates_args=())
 def _column_sum(grads: Tensor, image_of: Tensor | None) -> Tensor:
-    """The sum [D] fp32 of the rows [rows, D] that are not padding."""
+    """Return the sum [D] fp32 of the rows [rows, D] that are not padding."""
     from cjepa_fast.kernels import token_gather as kernel
 
     return kernel.column_sum(grads.contiguous(), image_of)
@@ -337,63 +265,58 @@ def _differentiate_patch_embed(ctx: Any, grads: Tensor, _: Tensor) -> tuple[Tens
 _patch_embed.register_autograd(_differentiate_patch_embed, setup_context=_save_patches)
 
 
-@torch.library.custom_op("cjepa::predictor_tokens", mutates_args=())
-def _predictor_tokens(
-    context: Tensor, mask_token: Tensor | None, positions: Tensor, context_indices: Tensor | None,
-    target_indices: Tensor, offsets: Tensor | None, total: int | None,
-) -> Tensor:  # fmt: skip
-    """`predictor_tokens`, or without mask token and context indices `predictor_rows`."""
+@torch.library.custom_op("cjepa::predictor_rows", mutates_args=())
+def _predictor_rows(
+    context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None, total: int | None
+) -> Tensor:
     from cjepa_fast.kernels import token_gather as kernel
 
-    return kernel.tokens_fwd(context, mask_token, positions, context_indices, target_indices, offsets)
+    return kernel.rows_fwd(context, table, target_indices, offsets)
 
 
-@_predictor_tokens.register_fake
+@_predictor_rows.register_fake
 def _(
-    context: Tensor, mask_token: Tensor | None, positions: Tensor, context_indices: Tensor | None,
-    target_indices: Tensor, offsets: Tensor | None, total: int | None,
+    context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None, total: int | None
 ) -> Tensor:  # fmt: skip
     batch, blocks, length = target_indices.shape
-    rows, width = context.shape[-2:]
+    kept, width = context.shape[-2:]
     if offsets is None:
-        return context.new_empty(batch, blocks, rows + length if total is None else total, width)
-    return context.new_empty(blocks * rows + batch * blocks * length if total is None else total, width)
+        return context.new_empty(batch, blocks, kept + length if total is None else total, width)
+    return context.new_empty(blocks * kept + batch * blocks * length if total is None else total, width)
 
 
-@torch.library.custom_op("cjepa::predictor_tokens_backward", mutates_args=())
-def _predictor_tokens_backward(
-    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of the context and, in fp32, of the mask token [D] or of the table of so many patches [N, D]."""
+@torch.library.custom_op("cjepa::predictor_rows_backward", mutates_args=())
+def _predictor_rows_backward(
+    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the context and, in fp32, of the table [patches, W]."""
     from cjepa_fast.kernels import token_gather as kernel
 
-    return kernel.tokens_bwd(grads.contiguous(), target_indices, offsets, context_shape, patches)
+    return kernel.rows_bwd(grads.contiguous(), target_indices, offsets, context_shape, patches)
 
 
-@_predictor_tokens_backward.register_fake
+@_predictor_rows_backward.register_fake
 def _(
-    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = (context_shape[-1],) if patches is None else (patches, context_shape[-1])
-    return grads.new_empty(context_shape), grads.new_empty(shape, dtype=torch.float32)
+    grads: Tensor, target_indices: Tensor, offsets: Tensor | None, context_shape: Sequence[int], patches: int
+) -> tuple[Tensor, Tensor]:
+    return grads.new_empty(context_shape), grads.new_empty((patches, context_shape[-1]), dtype=torch.float32)
 
 
 def _save_indices(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    context, mask_token, positions, _, target_indices, offsets, _ = inputs
+    context, table, target_indices, offsets, _ = inputs
     ctx.save_for_backward(target_indices, offsets)
-    ctx.context_shape, ctx.patches = context.shape, positions.shape[0] if mask_token is None else None
-    ctx.dtype = (positions if mask_token is None else mask_token).dtype
+    ctx.context_shape, ctx.patches, ctx.dtype = context.shape, table.shape[0], table.dtype
 
 
-def _differentiate_predictor_tokens(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate_predictor_rows(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
     target_indices, offsets = ctx.saved_tensors
-    context_grad, sums = _predictor_tokens_backward(grads, target_indices, offsets, ctx.context_shape, ctx.patches)
-    sums = sums.to(ctx.dtype)
-    mask_grad, table_grad = (sums, None) if ctx.patches is None else (None, sums)
-    return context_grad, mask_grad, table_grad, None, None, None, None
+    context_grad, table_grad = _predictor_rows_backward(
+        grads, target_indices, offsets, ctx.context_shape, ctx.patches
+    )  # fmt: skip
+    return context_grad, table_grad.to(ctx.dtype), None, None, None
 
 
-_predictor_tokens.register_autograd(_differentiate_predictor_tokens, setup_context=_save_indices)
+_predictor_rows.register_autograd(_differentiate_predictor_rows, setup_context=_save_indices)
 
 
 @register_flop_formula(torch.ops.cjepa.patch_embed)
@@ -404,9 +327,9 @@ def _one_product(
     return 2 * rows * width * weight[1]
 
 
-# torch counts matrix products only; saying so makes both implementations count the same
+# torch counts matrix products only. Zero makes the count of both implementations equal.
 @register_flop_formula(
-    [torch.ops.cjepa.column_sum, torch.ops.cjepa.predictor_tokens, torch.ops.cjepa.predictor_tokens_backward]
+    [torch.ops.cjepa.column_sum, torch.ops.cjepa.predictor_rows, torch.ops.cjepa.predictor_rows_backward]
 )
 def _no_products(*args: Any, **kwargs: Any) -> int:
     return 0

@@ -231,27 +231,6 @@ def patch_embed(
     )
 
 
-def predictor_tokens(
-    context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor,
-    offsets: Tensor | None = None, shared_context: bool = False,
-) -> Tensor:  # fmt: skip
-    """See `cjepa_fast.ops.predictor_tokens`; one sequence after the other."""
-    batch, kept = len(target_indices), context.shape[-2]
-    packed = offsets is not None
-    ends = offsets.tolist() if packed else [kept * image for image in range(batch + 1)]
-    rows = context.reshape(-1, context.shape[-1])[: ends[-1]]
-    rows = rows + positions[context_indices.reshape(-1)[: ends[-1]]]
-    sequences = []
-    for image, blocks in enumerate(target_indices):
-        for targets in [blocks.flatten()] if shared_context else blocks:
-            sequences += [rows[ends[image] : ends[image + 1]], mask_token.flatten() + positions[targets]]
-    tokens = torch.cat(sequences)
-    if packed:
-        copies = 1 if shared_context else target_indices.shape[1]
-        return F.pad(tokens, (0, 0, 0, copies * (len(context) - ends[-1])))
-    return tokens.unflatten(0, (batch, -1) if shared_context else (batch, target_indices.shape[1], -1))
-
-
 def predictor_rows(context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None = None) -> Tensor:
     """See `cjepa_fast.ops.predictor_rows`; one sequence after the other."""
     batch, kept = len(target_indices), context.shape[-2]

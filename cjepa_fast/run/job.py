@@ -23,6 +23,7 @@ from cjepa_fast.feed.decode import Place
 from cjepa_fast.feed.demo import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.feed.index import open_sources, reopen_sources
 from cjepa_fast.feed.mixture import Mixture
+from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.methods import Method, build_method
 from cjepa_fast.methods.parts import activation_dtype
 from cjepa_fast.run import checkpoint
@@ -72,7 +73,8 @@ def prepare(command: Command, world: World) -> Job:
     device = pick_device(c.runtime.device, world.local_rank)
     with torch.device("meta"):
         method = build_method(c)
-    _require_implementations(c, method, device)
+    sampler = build_sampler(c) if method.masked else None
+    _require_implementations(c, method, sampler, device)
     require_sinks(tensorboard=c.run.tensorboard, wandb_project=c.run.wandb)
     if resume is not None:
         checkpoint.require(resume / CHECKPOINTS)
@@ -93,9 +95,7 @@ def prepare(command: Command, world: World) -> Job:
         logging.disable(logging.INFO)  # only now, as any process may be the one that indexes
     length = count_steps(c.optim, source.visits)
     schedule = schedules(c.optim, length)
-    tokens = None
-    if method.masked:
-        tokens = build_sampler(c).expected_tokens(c.optim.batch_size // world.size)
+    tokens = sampler.expected_tokens(c.optim.batch_size // world.size) if sampler is not None else None
     place = Place(world.rank, world.size, str(device), c.runtime.data_threads)
     if source.labels is None and queries is not None:
         raise UserError(f"data.probe_root: given, but data.root has no labels to answer ({source.description})")
@@ -111,21 +111,31 @@ def prepare(command: Command, world: World) -> Job:
     )  # fmt: skip
 
 
-def _require_implementations(c: Config, method: Method, device: torch.device) -> None:
+def _require_implementations(
+    c: Config, method: Method, sampler: MultiBlockSampler | None, device: torch.device
+) -> None:  # fmt: skip
     """Refuse implementations that cannot run here."""
     ops.require(c.runtime.kernels, device.type)
     if c.model.target_precision == "float8":
         ops.require_float8(device)
     if c.runtime.cuda_graph == "on":
         graphs.require(c.runtime.kernels, device)
+    _require_attention(c, method, sampler, device)
+
+
+def _require_attention(c: Config, method: Method, sampler: MultiBlockSampler | None, device: torch.device) -> None:
+    """Refuse an implementation of attention that cannot run every form of a step."""
     shape, patches = config.encoder_shape(c.model.encoder), (c.model.image_size // c.model.patch_size) ** 2
-    head_dims = [shape.width // shape.heads]
-    packed = structured = False
-    if method.masked:
-        head_dims.append(c.model.predictor_width // shape.heads)
-        packed, structured = c.mask.mode == "packed", c.model.predictor_context == "shared"
-    compiled = c.runtime.compile != "off" and not (c.runtime.compile == "auto" and device.type == "cpu")
-    ops.require_attention(
-        c.runtime.attention, device.type, dtype=activation_dtype(c), head_dims=head_dims, length=patches,
-        #packed=packed, structured=structured, compiled=compiled,
-    )  # fmt: skip
+    packed = sampler is not None and c.mask.mode == "packed"
+    forms = [(shape.width, patches, packed or (sampler is not None and not method.needs_all_targets), False)]
+    if sampler is not None:
+        shared = c.model.predictor_context == "shared"
+        blocks = c.mask.num_targets if shared else 1
+        longest = max((kept or patches) + blocks * area for _, kept, area in sampler.shapes())
+        forms.append((c.model.predictor_width, longest, packed, shared))
+    compiled = c.runtime.compile not in (("off", "auto") if device.type == "cpu" else ("off",))
+    for width, length, packs, structured in forms:
+        ops.require_attention(
+            c.runtime.attention, device.type, dtype=activation_dtype(c), head_dims=[width // shape.heads],
+            length=length, packed=packs, structured=structured, compiled=compiled,
+        )  # fmt: skip

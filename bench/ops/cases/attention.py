@@ -14,12 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.ops.cases import UNINTERPRETED, Case, Variant, both_directions, compiled
 from bench.timing import Inputs
 from cjepa_fast import ops
 
-IMPLS = ("triton", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "xformers", "varlen", "eager")
+IMPLS = ("triton", "sdpa", "xformers", "eager")
+PINNED = {  # torch's sdpa, held to one of its kernels
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 # what, tokens, head width, heads, sequences: 128 images, four target blocks each in the predictor
 POINTS = [
     ("predictor B", 84, 32, 12, 512),
@@ -35,15 +41,54 @@ CONTEXT_MEAN, CONTEXT_STD, TARGET = 82, 13, 33
 
 
 def attend(qkv: Tensor, heads: int, impl: str, **options: Any) -> Tensor:
-    return ops.attention(qkv, heads, impl=impl, **options)
+    return by(impl, qkv, heads, **options)
 
 
 def attend_packed(qkv: Tensor, offsets: Tensor, heads: int, impl: str, max_length: int) -> Tensor:
-    return ops.attention(qkv, heads, offsets=offsets, max_length=max_length, impl=impl)
+    return by(impl, qkv, heads, offsets=offsets, max_length=max_length)
 
 
 def attend_from(query: Tensor, kv: Tensor, heads: int, impl: str) -> Tensor:
-    return ops.attention(kv, heads, query=query, impl=impl)
+    return by(impl, kv, heads, query=query)
+
+
+def by(impl: str, qkv: Tensor, heads: int, **options: Any) -> Tensor:
+    """Compute `ops.attention` by one of its back-ends, or by a rival that it does not offer."""
+    if impl == "varlen":
+        return varlen(qkv, heads, **options)
+    if impl in PINNED:
+        with sdpa_kernel(PINNED[impl]):
+            return ops.attention(qkv, heads, impl="sdpa", **options)
+    return ops.attention(qkv, heads, impl=impl, **options)
+
+
+def varlen(
+    qkv: Tensor, heads: int, *, query: Tensor | None = None, offsets: Tensor | None = None, max_length: int = 0
+) -> Tensor:
+    """Compute attention by torch.nn.attention.varlen; sequences of one length count as packed."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def starts(tokens: Tensor) -> tuple[Tensor, int]:
+        if offsets is not None:
+            return offsets, max_length
+        batch, length = tokens.shape[:2]
+        return torch.arange(batch + 1, dtype=torch.int32, device=tokens.device) * length, length
+
+    parts = qkv.chunk(3, dim=-1) if query is None else (query, *qkv.chunk(2, dim=-1))
+    q, k, v = (part.reshape(-1, heads, part.shape[-1] // heads) for part in parts)
+    (q_starts, q_longest), (k_starts, k_longest) = starts(parts[0]), starts(parts[1])
+    out = varlen_attn(q, k, v, q_starts, k_starts, q_longest, k_longest)
+    assert isinstance(out, Tensor)
+    return out.view(parts[0].shape)
+
+
+def obstacle(impl: str, device: str, structured: bool) -> str | None:
+    """Return why an implementation is not timed."""
+    if impl == "triton" and device == "cpu":
+        return UNINTERPRETED
+    if impl == "varlen" and structured:
+        return "it takes no target blocks"
+    return None
 
 
 def compare(
@@ -55,10 +100,9 @@ def compare(
     variants = [
         Variant(
             name=impl, call=functools.partial(function, impl=impl, **options),
-            role="ours" if impl == "triton" else "rival",
-            obstacle=UNINTERPRETED if impl == "triton" and device == "cpu" else None,
+            role="ours" if impl == "triton" else "rival", obstacle=obstacle(impl, device, "target_blocks" in options),
         )
-        for impl in IMPLS
+        for impl in (*IMPLS, *PINNED, "varlen")
     ]  # fmt: skip
     size = sum(rows) * width * dtype.itemsize  # q and o count by the queries, k and v by the keys
     yield from both_directions(

@@ -1,12 +1,10 @@
-"""Gathers: kept patches into the embedding, context and mask tokens into the predictor's sequences.
+"""Gathers: kept patches into the embedding, unique tokens into the predictor's sequences.
 
 Patch embedding of R rows of 3 p p pixels to width D: 2 R D 3pp FLOP forward, as many backward (images get no gradient).
     forward   read the kept pixels, weight and positions, write R D
     backward  read R D gradients and the kept pixels, write the weight's gradient
-Predictor tokens: context [B, Kc, D] to sequences [B, M, Kc + Kt, D] (shared context: [B, Kc + M Kt, D]).
-    forward   read the context and positions, write the sequences
-    backward  read the sequences' gradients, write the context's
-Predictor rows: context [B, Kc, W] and table [N, W] to sequences [B, M, Kc + Kt, W], W = 3 D of q, k and v.
+Predictor rows: context [B, Kc, W] and table [N, W] to sequences [B, M, Kc + Kt, W], W = 3 D of q, k and v; for a
+shared context M = 1, with all target tokens in one block.
     forward   read the context and the table, write the sequences
     backward  read the sequences' gradients, write the context's and the table's
 Indices, below 1 %, are left out.
@@ -49,14 +47,13 @@ def reference_patch_embed(
     return tokens if indices is None else rows_by_repeated_index(tokens, indices)
 
 
-def reference_predictor_tokens(
-    context: Tensor, mask_token: Tensor, positions: Tensor, context_indices: Tensor, target_indices: Tensor
+def reference_predictor_rows(
+    context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None
 ) -> Tensor:  # fmt: skip
+    assert offsets is None
     batch, blocks, _ = target_indices.shape
-    table = positions.to(context.dtype).repeat(batch, 1, 1)
-    context = context + rows_by_repeated_index(table, context_indices)
-    masks = [rows_by_repeated_index(table, block) for block in target_indices.unbind(1)]
-    masks = torch.cat(masks) + mask_token.to(context.dtype)
+    tables = table.repeat(batch, 1, 1)
+    masks = torch.cat([rows_by_repeated_index(tables, block) for block in target_indices.unbind(1)])
     tokens = torch.cat([context.repeat(blocks, 1, 1), masks], dim=1)
     return tokens.unflatten(0, (blocks, batch)).transpose(0, 1)
 
@@ -97,38 +94,17 @@ def cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     batch = 2 if quick else 128
     for encoder, image_size, patch_size, width, predictor_width in SHAPES[-1:] if quick else SHAPES:
         masks = MultiBlockSampler(image_size // patch_size).sample(0, range(batch))
-        context, target = masks.context.to(device, torch.int32), masks.target.to(device, torch.int32)
-        for shared in (False, True):
-            yield from predictor_tokens(encoder, predictor_width, image_size // patch_size, context, target, shared,
-                                        device, dtype)  # fmt: skip
+        context = masks.context.to(device, torch.int32)
         packed = MultiBlockSampler(image_size // patch_size, mode="packed").sample(0, range(batch))
-        for rows, offsets in ((context.shape[1], None), (len(packed.context), packed.offsets)):
-            yield from predictor_rows(encoder, 3 * predictor_width, image_size // patch_size, rows, packed.target,
-                                      offsets, device, dtype)  # fmt: skip
+        for rows, target, offsets in (
+            (context.shape[1], masks.target, None),
+            (context.shape[1], masks.target.flatten(1)[:, None], None),
+            (len(packed.context), packed.target, packed.offsets),
+        ):
+            yield from predictor_rows(encoder, 3 * predictor_width, image_size // patch_size, rows, target, offsets,
+                                      device, dtype)  # fmt: skip
         for raw, indices in ((True, context), (True, None), (False, context)):
             yield from patch_embed(encoder, image_size, patch_size, width, indices, raw, batch, device, dtype)
-
-
-def predictor_tokens(
-    encoder: str, width: int, grid: int, context_indices: Tensor, target_indices: Tensor, shared: bool, device: str,
-    dtype: torch.dtype,
-) -> Iterator[Case]:  # fmt: skip
-    (batch, kept), (_, blocks, length) = context_indices.shape, target_indices.shape
-
-    def inputs() -> Inputs:
-        context = torch.randn(batch, kept, width, device=device).to(dtype).requires_grad_()
-        mask_token = torch.randn(width, device=device).requires_grad_()
-        return context, mask_token, torch.randn(grid * grid, width, device=device), context_indices, target_indices
-
-    read = batch * kept * width * dtype.itemsize
-    written = batch * ((kept if shared else blocks * kept) + blocks * length) * width * dtype.itemsize
-    found, truth = variants(
-        functools.partial(ops.predictor_tokens, shared_context=shared), device,
-        None if shared else reference_predictor_tokens,
-    )  # fmt: skip
-    name = f"tokens {encoder} B={batch} Kc={kept} M={blocks} Kt={length}" + (" shared" if shared else "")
-    table = grid * grid * width * 4
-    yield from both_directions(name, found, inputs, truth, (read + table + written, 0), (read + written, 0))
 
 
 def predictor_rows(
@@ -147,7 +123,7 @@ def predictor_rows(
     total = batch * rows if offsets is None else rows
     read = (total + grid * grid) * width * dtype.itemsize
     written = blocks * (total + batch * length) * width * dtype.itemsize
-    found, truth = variants(predictor_rows_of, device, None)
+    found, truth = variants(predictor_rows_of, device, reference_predictor_rows if offsets is None else None)
     if offsets is None:
         found.append(Variant(name="one-hot product", call=one_hot_rows))
     name = f"rows {encoder} B={batch} {'Kc' if offsets is None else 'packed T'}={rows} M={blocks} Kt={length} W={width}"

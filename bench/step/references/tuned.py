@@ -26,7 +26,9 @@ from bench.step.references import (
 )
 from bench.step.references.eager import one_pass
 from cjepa_fast.config import Config, VitShape, encoder_shape
-from cjepa_fast.networks.vit import LayerNorm, sincos_positions, take_rows
+from cjepa_fast.networks.precision import LayerNorm
+from cjepa_fast.networks.sequences import take_rows
+from cjepa_fast.networks.vit import sincos_positions
 
 
 class Linear(nn.Linear):
