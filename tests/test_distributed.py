@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from cjepa_fast import distributed
 from cjepa_fast.engine.optim import AdamW, parameter_groups
-from cjepa_fast.engine.step import LossWeights, Networks, forward_backward, target_embeddings
+from cjepa_fast.engine.step import forward_backward
 from cjepa_fast.errors import UserError
 from cjepa_fast.losses import block_vicreg, context_target_vicreg
 from cjepa_fast.networks.heads import GlobalBatchNorm
 from cjepa_fast.run import checkpoint
-from test_step import WEIGHTS, batch, networks
+from cjepa_fast.methods.jepa import Jepa
+from test_step import batch, networks, whole_targets
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,8 +47,8 @@ LAYOUTS = {
 }
 
 
-def sharded(layout: Layout) -> Networks:
-    net = networks(dtype=torch.float64)
+def sharded(layout: Layout, views: str = "target_blocks") -> Jepa:
+    net = networks(dtype=torch.float64, views=views)
     mesh = distributed.mesh("cpu", layout.shards)
     assert net.projector is not None
     if layout.checkpoint:
@@ -63,18 +64,19 @@ def sharded(layout: Layout) -> Networks:
     return net
 
 
-def one_step(net: Networks, rank: int, size: int, weights: LossWeights, accumulate: int) -> dict[str, Any]:
+def one_step(net: Jepa, rank: int, size: int, accumulate: int) -> dict[str, Any]:
     """Gradients, terms, updated weights and the teacher's next output for the global batch of step 0, on all ranks."""
-    images, masks = batch(0, 16, parts=accumulate, rank=rank, ranks=size, union=weights.views == "target_blocks")
+    images, masks = batch(0, 16, parts=accumulate, rank=rank, ranks=size, union=not net.needs_all_targets)
     optimizer = AdamW(parameter_groups(net), lr=1e-2, averages=net.averages())
-    out = forward_backward(net, images, masks, weights)
+    out = forward_backward(net, images, masks)
+    assert out.predictions is not None
     grads = {name: full(p.grad).clone() for name, p in net.named_parameters() if p.grad is not None}
     optimizer.step(momentum=0.5)
     return {
-        "terms": distributed.mean_over_ranks(torch.stack(out.terms)),
+        "terms": distributed.mean_over_ranks(torch.cat([out.loss[None], out.terms])),
         "grads": grads,
         "weights": {name: full(p.detach()).clone() for name, p in net.named_parameters()},
-        "targets": distributed.gather_rows(target_embeddings(net.target_encoder, images)),
+        "targets": distributed.gather_rows(whole_targets(net, images)),
         "predictions": distributed.gather_rows(out.predictions),
     }
 
@@ -88,8 +90,8 @@ def worker(rank: int, size: int, folder: str) -> None:
         results[name] = {}
         for views in ("target_blocks", "context_target"):
             for accumulate in (1, 2):
-                net = sharded(layout)
-                step = one_step(net, rank, size, WEIGHTS._replace(views=views), accumulate)
+                net = sharded(layout, views)
+                step = one_step(net, rank, size, accumulate)
                 results[name][f"{views}-{accumulate}"] = step
                 assert all(isinstance(p, DTensor) for p in net.target_encoder.parameters()), (
                     "the teacher stays gathered"
@@ -122,9 +124,9 @@ def worker(rank: int, size: int, folder: str) -> None:
 def save(layout: Layout, rank: int, folder: str) -> dict[str, torch.Tensor]:
     net = sharded(layout)
     optimizer = torch.optim.AdamW(parameter_groups(net), lr=1e-2, fused=True)
-    state = checkpoint.training_state(net, optimizer)
-    forward_backward(net, *batch(0, 16, rank=rank, ranks=layout.size), WEIGHTS)
+    forward_backward(net, *batch(0, 16, rank=rank, ranks=layout.size))
     optimizer.step()
+    state = checkpoint.training_state(net, optimizer)
     checkpoint.save(Path(folder), 7, state, keep=2, extra={"a": 1})
     return {name: full(tensor).clone() for name, tensor in state.items()}
 
@@ -155,9 +157,15 @@ def checkpoint_faults(rank: int, folder: Path) -> list[Any]:
     return found
 
 
+def fresh_state(net: Jepa) -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.AdamW(parameter_groups(net))
+    checkpoint.init_state(optimizer)
+    return checkpoint.training_state(net, optimizer)
+
+
 def load(layout: Layout, folder: str) -> dict[str, torch.Tensor]:
     net = sharded(layout)
-    state = checkpoint.training_state(net, torch.optim.AdamW(parameter_groups(net)))
+    state = fresh_state(net)
     while not (Path(folder) / "step-00000007").exists():  # which comes to be by a rename
         time.sleep(0.1)
     assert checkpoint.load(Path(folder), state) == (7, {"a": 1})
@@ -182,7 +190,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_whole_step(results: dict[str, Any], name: str, views: str, accumulate: int) -> None:
     theirs = results[name][f"{views}-{accumulate}"]
-    ours = one_step(networks(dtype=torch.float64), 0, 1, WEIGHTS._replace(views=views), 1)
+    ours = one_step(networks(dtype=torch.float64, views=views), 0, 1, 1)
     torch.testing.assert_close(theirs["terms"], ours["terms"], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(theirs["predictions"], ours["predictions"], rtol=1e-10, atol=1e-12)
     assert theirs["grads"].keys() == ours["grads"].keys()
@@ -192,7 +200,7 @@ def test_the_whole_step(results: dict[str, Any], name: str, views: str, accumula
     for key, weight in ours["weights"].items():
         torch.testing.assert_close(theirs["weights"][key], weight, rtol=1e-5, atol=1e-7, msg=key)
     torch.testing.assert_close(theirs["targets"], ours["targets"], rtol=1e-4, atol=1e-5)
-    stale = target_embeddings(networks(dtype=torch.float64).target_encoder, batch(0, 16)[0])
+    stale = whole_targets(networks(dtype=torch.float64), batch(0, 16)[0])
     assert (ours["targets"] - stale).abs().max() > 0.02  # the comparison above would notice a stale teacher
 
 
@@ -220,7 +228,7 @@ def test_batch_statistics(results: dict[str, Any], name: str) -> None:
 def test_checkpoints_fit_any_layout(results: dict[str, Any], saver: str, loader: str) -> None:
     """Those of two processes fit one and four; those of two copies on four processes fit one and two."""
     net = networks(dtype=torch.float64)
-    state = checkpoint.training_state(net, torch.optim.AdamW(parameter_groups(net)))
+    state = fresh_state(net)
     assert checkpoint.load(results["root"] / saver, state) == (7, {"a": 1})
     saved = results[saver]["saved"]
     assert any(name.startswith("optimizer.") and tensor.abs().sum() > 0 for name, tensor in saved.items())
@@ -244,11 +252,12 @@ def test_a_network_without_backward_pass_leaves_no_notes(tmp_path: Path) -> None
     """FSDP2 notes every forward pass for a backward pass that the target encoder never has."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        encoder = networks().target_encoder
+        net = networks()
+        encoder = net.target_encoder
         distributed.shard(encoder, list(encoder.blocks), init_device_mesh("cpu", (1,)), unit=1, reshard=True,
                           dtype=torch.float32)  # fmt: skip
         images, _ = batch(0)
-        targets = [target_embeddings(encoder, images) for _ in range(3)]
+        targets = [whole_targets(net, images) for _ in range(3)]
 
         def notes() -> int:
             return sum(
@@ -259,6 +268,6 @@ def test_a_network_without_backward_pass_leaves_no_notes(tmp_path: Path) -> None
         assert notes() >= 3 * len(encoder.blocks), "no notes: this torch needs no help"
         distributed.forget_forwards(encoder)
         assert notes() == 0
-        assert torch.equal(target_embeddings(encoder, images), targets[0])
+        assert torch.equal(whole_targets(net, images), targets[0])
     finally:
         dist.destroy_process_group()

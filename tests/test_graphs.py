@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from cjepa_fast import config, ops
-from cjepa_fast.engine import cost, graphs, optim
+from cjepa_fast.engine import graphs, optim
 from cjepa_fast.engine.optim import AdamW
-from cjepa_fast.engine.step import StepOutput, Terms
+from cjepa_fast.engine.step import StepOutput
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import Masks
 from cjepa_fast.train import main
@@ -23,7 +23,7 @@ STEPS = 20
 
 
 def tensors(out: StepOutput) -> list[torch.Tensor]:
-    return [*out.terms, out.predictions, *([] if out.targets is None else [out.targets])]
+    return [tensor for tensor in out if tensor is not None]
 
 
 class StandIn:
@@ -54,12 +54,7 @@ class StandIn:
                 patch.setattr(AdamW, "set_hyperparameters", self._refuse)
                 out = step()
             if not static:
-                static.append(
-                    StepOutput(
-                        Terms(*(term.clone() for term in out.terms)), out.predictions.clone(),
-                        None if out.targets is None else out.targets.clone(),
-                    )
-                )  # fmt: skip
+                static.append(StepOutput(*(None if tensor is None else tensor.clone() for tensor in out)))
                 self.results.append(tensors(static[0]))
             for result in self.results:
                 for tensor in result:
@@ -88,10 +83,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     kernel, choose = ops.adamw_ema, ops.choose
     monkeypatch.setattr(optim.ops, "adamw_ema", update)
     monkeypatch.setattr(optim.ops, "choose", lambda op, *rest: "triton" if op == "adamw_ema" else choose(op, *rest))
-    monkeypatch.setattr("cjepa_fast.train.pick_device", lambda *args: torch.device("cpu"))
+    monkeypatch.setattr("cjepa_fast.run.job.pick_device", lambda *args: torch.device("cpu"))
     monkeypatch.setattr(graphs, "require", lambda *args: None)
     monkeypatch.setattr(graphs, "Recorder", StandIn)
-    monkeypatch.setattr("cjepa_fast.train.place_masks", lambda masks, *_: masks)  # a GPU's keep their padding
+    monkeypatch.setattr(Masks, "trimmed", lambda masks: masks)  # a GPU's keep their padding
     # else every step of so small a batch would show the health figures all target rows
     monkeypatch.setattr("cjepa_fast.run.meter.FEATURE_ROWS", 16)
     StandIn.made = []
@@ -158,7 +153,7 @@ class Fake:
         assert graphed and self.momentum is not None
         (mask,) = masks
         loss = images.sum() + mask.context.sum() + self.momentum
-        return StepOutput(Terms(*[loss] * 5), images + 1, None)
+        return StepOutput(loss, loss[None], images + 1, None)
 
 
 def inputs(length: int, value: float) -> tuple[torch.Tensor, list[Masks]]:
@@ -175,7 +170,7 @@ def test_each_shape_is_captured_once_and_no_more_than_there_is_room_for(
     for value in range(1, 7):
         for length in (1, 2, 3):
             out = step(*inputs(length, value), momentum=value / 8)
-            assert out.terms.loss == 6 * value + 2 * length * value + value / 8
+            assert out.loss == 6 * value + 2 * length * value + value / 8
     assert (recorder.warm_ups, recorder.captures, recorder.replays) == (2 * graphs.WARM_UPS, 2, 2 * 4)
     assert caplog.text.count("further ones run without graph") == 1
 
@@ -186,7 +181,7 @@ def test_results_last_until_the_next_step() -> None:
     step: Any = graphs.GraphedStep(fake.step, fake, recorder)  # pyright: ignore[reportArgumentType]
     for _ in range(graphs.WARM_UPS + 1):
         first, second = (step(*inputs(length, 1.0), momentum=0.0) for length in (1, 2))
-    assert first.terms.loss.isnan() and second.terms.loss == 10
+    assert first.loss.isnan() and second.loss == 10
 
 
 ONE_SIZE = [
@@ -236,17 +231,6 @@ def test_what_cannot_be_captured_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: runtime.cuda_graph: {message}") and error.count("\n") == 1
     assert not out.exists()
-
-
-def test_the_memory_of_graphs_is_planned_for() -> None:
-    """Gradients that stay, activations of a replay beside those of a step that warms up, and the graphs' results."""
-    plain = config.replace(config.Config(), {"optim.batch_size": 128, "loss.vicreg_weight": 0.0})
-    graphed = config.replace(plain, {"runtime.cuda_graph": "on"})
-    off, on = (cost.memory_bytes(c, config.World(), 80.0, 33.0) for c in (plain, graphed))
-    assert off.moment in ("loss", "predictor's backward")
-    activations = off.peak - off.state - off.copies
-    results = 2 * 768 * 128 * (4 * 33 + 196)  # bf16
-    assert on.peak - off.peak == pytest.approx(off.gradients + activations + graphs.MOST * results, rel=1e-9)
 
 
 def test_several_processes_are_refused() -> None:

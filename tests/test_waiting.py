@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cjepa_fast.ops._adamw_ema
 import cjepa_fast.ops._choice
-from cjepa_fast.config import VitShape
-from cjepa_fast.engine.optim import AdamW, parameter_groups, schedules
-from cjepa_fast.engine.step import LossWeights, Networks, train_step
-from cjepa_fast.masks import MultiBlockSampler
+from cjepa_fast.config import OptimConfig, VitShape
+from cjepa_fast.engine.optim import AdamW, parameter_groups
+from cjepa_fast.engine.schedules import Length, schedules
+from cjepa_fast.engine.step import train_step
+from cjepa_fast.masks import Masks, MultiBlockSampler
+from cjepa_fast.methods.jepa import Jepa, Regularisation
 from cjepa_fast.networks import Encoder, Impl, Predictor
 from cjepa_fast.networks.heads import Projector
 from cjepa_fast.run.meter import Meter
@@ -81,7 +83,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     yield addresses
 
 
-def networks(context: str) -> Networks:
+def networks(context: str, views: str) -> Jepa:
     shape = VitShape(32, 2, 2)
     encoder, target_encoder = (Encoder(shape, SIZE, PATCH, impl=Impl("eager")) for _ in range(2))
     predictor = Predictor(
@@ -100,18 +102,17 @@ def test_a_step_waits_for_nothing(
     monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(cjepa_fast.ops._choice, "triton_obstacle", lambda device: None)
     monkeypatch.setattr(cjepa_fast.ops._adamw_ema, "_launch", lambda *args: None)  # a kernel
-    net = networks(context).to(ON_A_GPU)
+    net = networks(context, views).to(ON_A_GPU)
     optimizer = AdamW(parameter_groups(net), averages=net.averages(), impl=optimizer_impl)
-    plan = schedules(4, 1, lr=1e-3, start_lr=1e-4, final_lr=1e-5, weight_decay=0.04, final_weight_decay=0.4)
-    sampler, meter = MultiBlockSampler(SIZE // PATCH, mode, min_keep=3), Meter(BATCH, ON_A_GPU)
+    plan = schedules(OptimConfig(), Length(4, 4, 1))
+    sampler, meter = MultiBlockSampler(SIZE // PATCH, mode, min_keep=3), Meter((*net.local_terms, *net.batch_terms), BATCH, ON_A_GPU)
     images = torch.zeros(BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device=ON_A_GPU)
-    weights = LossWeights("smooth_l1", 2.5, 2.5, 0.1, views, "eager")
     with NoWaiting(pinned) as watch:
         for step in range(2):
             union = views == "target_blocks" and step == 0
             masks = sampler.sample_parts(step, range(BATCH), parts, union=union)
             masks = [part.to(ON_A_GPU) for part in masks]
-            out = train_step(net, optimizer, weights, images, masks, plan.apply(optimizer, step))
+            out = train_step(net, optimizer, images, masks, plan.apply(optimizer, step))
             meter.add(out, 0.0)
     assert watch.operations > 500 and watch.copies >= 2 * parts * 2
 
@@ -173,7 +174,7 @@ def test_the_loop_waits_for_nothing(
 
     # batches of 2048 images leave steps with target unions in an interval
     monkeypatch.setattr("cjepa_fast.run.meter.FEATURE_ROWS", 8)
-    monkeypatch.setattr("cjepa_fast.train.place_masks", lambda masks, *_: masks)  # a GPU's keep their padding
+    monkeypatch.setattr(Masks, "trimmed", lambda masks: masks)  # a GPU's keep their padding
     calls = bounded(monkeypatch, enter, leave)
     try:
         code = main(arguments(images, tmp_path / "run", "--runtime.device", "cpu", "--model.precision", "fp32", *more))
