@@ -424,7 +424,7 @@ def test_roots_are_mixed(tmp_path: Path):
     assert mixture.sizes.tolist() == [[14, 20], [14, 21], [14, 22], [14, 23], [13, 20], [13, 21], [13, 22]]
     assert mixture.source_of(np.arange(7)).tolist() == [0] * 4 + [1] * 3
     assert [mixture.name(i) for i in (3, 4)] == [str(tmp_path / "a" / "3.jpg"), str(tmp_path / "b" / "0.jpg")]
-    assert mixture.read(5, verify=True) == jpeg(1, 13, 21) and mixture.fault(5) is None
+    assert mixture.read(5) == jpeg(1, 13, 21) and mixture.fault(5) is None
     ids, repeats = epoch_visits([4, 3], mixture.weights, seed=1, epoch=0)
     assert len(ids) == 8 and (ids >= 4).sum() == 6 and repeats.max() == 1
     (tmp_path / "b" / "2.jpg").write_bytes(b"")
