@@ -148,6 +148,7 @@ def _truncated(data: bytes, what: str) -> BadImage:
 
 
 _BLOCK_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}  # the fewest bits an 8 x 8 block takes: one code for DC, one for AC
+_FACTORS = {16 * across + down for across in range(1, 5) for down in range(1, 5)}  # of a channel's sampling
 _FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # processes that few decoders know
 _IN_SCANS = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE}  # segments allowed between the scans
 _NO_MARKER = np.zeros(256, dtype=bool)  # bytes that follow 0xFF in compressed data: stuffing, restarts, fill
@@ -208,8 +209,7 @@ def _jpeg(data: bytes, max_pixels: int, thorough: bool) -> Header:
 
 
 def _check_frame(frame: bytes, length: int) -> None:
-    factors = [factor for c in frame[7::3] for factor in (c >> 4, c & 15)]
-    if length < 11 or frame[5] not in (1, 3, 4) or length != 8 + 3 * frame[5] or not set(factors) <= {1, 2, 3, 4}:
+    if length < 11 or frame[5] not in (1, 3, 4) or length != 8 + 3 * frame[5] or not _FACTORS.issuperset(frame[7::3]):
         raise BadImage("damaged", "a damaged JPEG frame header")
     if frame[0] != 8:
         raise BadImage("unsupported", f"a JPEG with {frame[0]} bits a channel, where DALI decodes 8")
