@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -35,6 +36,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with arguments `argv`; return the exit code (0, 2 for bad input, 130 after an interrupt)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", module="PIL")  # the report says why an image is left out
     parser = argparse.ArgumentParser(
         prog="python -m cjepa_fast.index", description=(__doc__ or "").partition("\n\n")[2]
     )

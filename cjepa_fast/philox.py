@@ -1,8 +1,8 @@
-"""Philox4x32-10, the counter-based generator behind the random choices of input path and mask sampler.
+"""Philox4x32-10, the counter-based random generator of the feed and of the mask sampler.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
-A counter-based generator has no state to save: a resumed run needs only its step, and any worker can compute
-any draw. NumPy's own Philox is 4x64 and its distributions may change between versions: it cannot serve here.
+A counter-based generator has no state to save: a resumed run needs only its step, and any worker can compute any draw.
+NumPy's Philox cannot serve: it is 4x64, and its distributions may change between versions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Ten rounds of Philox4x32: uint32 counters [..., 4], key (low, high word) to uint32 words [..., 4]."""
+    """Return uint32 words [..., 4] for uint32 counters [..., 4] and a key (low, high word), after ten rounds."""
     assert counter.dtype == np.uint32 and counter.shape[-1] == 4, (counter.dtype, counter.shape)
     # 32 x 32 -> 64 bit products need uint64 lanes; every lane stays below 2**32 between rounds.
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))

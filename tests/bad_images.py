@@ -26,7 +26,7 @@ class Case:
 
 
 def picture(seed: int = 0, height: int = H, width: int = W) -> Image.Image:
-    """A smooth colourful image."""
+    """Return a smooth colourful image."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -42,7 +42,7 @@ def jpeg(seed: int = 0, height: int = H, width: int = W) -> bytes:
 
 
 def exif(orientation: int, entries: int = 1, tag: int = 0x112) -> bytes:
-    """An EXIF block whose directory claims `entries`, of which one is there."""
+    """Return an EXIF block whose directory claims `entries` and has one."""
     return struct.pack("<4sIHHHIHHI", b"II*\0", 8, entries, tag, 3, 1, orientation, 0, 0)
 
 
@@ -51,12 +51,12 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """The start of an RGB PNG."""
+    """Return the start of an RGB PNG."""
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
 
 
 def png_bomb(side: int) -> bytes:
-    """A sound black PNG of side * side pixels in about side**2 / 1000 bytes."""
+    """Return a sound black PNG of side * side pixels in about side**2 / 1000 bytes."""
     squeeze = zlib.compressobj(9)
     row = bytes(3 * side + 1)
     data = b"".join(squeeze.compress(row) for _ in range(side)) + squeeze.flush()
@@ -64,7 +64,7 @@ def png_bomb(side: int) -> bytes:
 
 
 def jpeg_frame(content: bytes, *, height: int = H, width: int = W, bits: int = 8, marker: int = 0xC0) -> bytes:
-    """A JPEG with another frame header than its data's."""
+    """Return a JPEG whose frame header does not fit its data."""
     at = content.index(b"\xff\xc0")
     return content[: at + 1] + struct.pack(">BHBHH", marker, 17, bits, height, width) + content[at + 9 :]
 
@@ -74,7 +74,7 @@ def overwritten(content: bytes, at: int, data: bytes) -> bytes:
 
 
 def frames(form: str, image: Image.Image | None = None) -> bytes:
-    """Two pictures in one file."""
+    """Return a file with two pictures."""
     return encode(image or picture(), form, save_all=True, append_images=[picture(1)])
 
 
@@ -295,7 +295,7 @@ SOUND = jpeg(7, 20, 30)
 
 
 def tree(root: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Every file below `root` with its content, to see that nothing was written."""
+    """Return every file below `root` with its content, to see that nothing was written."""
     found = {}
     for folder, _, files in os.walk(root):
         for name in files:

@@ -1,4 +1,4 @@
-"""What tests of the index share."""
+"""Helpers of the tests of the index."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(root: object, mode: Mode = "thorough", **options: int) -> tuple[Manife
 
 
 def tar(*members: tuple[str, bytes], form: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar archive of (name, content)."""
+    """Return a tar archive of (name, content)."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=form) as archive:
         for name, content in members:

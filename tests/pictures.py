@@ -1,4 +1,4 @@
-"""Pictures to feed, and what `cjepa_fast.feed.batches.Batches` makes of them."""
+"""Test pictures, and batches of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALE, RATIO = (0.3, 1.0), (3 / 4, 4 / 3)
 
 
 def picture(seed: int, height: int, width: int) -> Image.Image:
-    """A smooth colourful image: noise would only measure how decoders differ in their last bit."""
+    """Return a smooth colourful image: noise would measure how decoders differ in their last bit."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -35,7 +35,7 @@ def opened(*roots: object) -> Mixture:
 
 
 def fifty(root: Path) -> Mixture:
-    """50 images of many sizes in two classes."""
+    """Return 50 images of many sizes in two classes."""
     rng = np.random.default_rng(0)
     for i in range(50):
         folder = root / ("even", "odd")[i % 2]
@@ -46,7 +46,7 @@ def fifty(root: Path) -> Mixture:
 
 
 def packed(source: Mixture, root: Path, kind: str) -> Path:
-    """The images of `source`, in the same order, as another kind of source."""
+    """Write the images of `source`, in the same order, as another kind of source; return its root."""
     if kind == "tar":
         for start in (0, 30):
             with tarfile.open(root / f"train-{start:02d}.tar", "w") as shard:
@@ -79,7 +79,7 @@ def batches(
     bad: BadImages | None = None,
     **place,
 ) -> Batches:
-    """Batches of seed 3; `photometric` stands in for a recipe of `data.augment`, `prefetch` for the constant."""
+    """Return batches of seed 3; `photometric` replaces a recipe of `data.augment`, `prefetch` the constant."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feed, "PREFETCH", prefetch)
         patch.setitem(AUGMENTS, "none", photometric or AUGMENTS["none"])
@@ -94,7 +94,7 @@ def batches(
 
 
 def center(source: Mixture, ids: np.ndarray, image_size: int, batch_size: int, bad: BadImages | None = None) -> list:
-    """The evaluation views."""
+    """Return the evaluation views."""
     return list(feed.center_batches(source, ids, image_size, batch_size, Place(), bad))
 
 
@@ -117,6 +117,6 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 def over_ranks(source: Mixture, world_size: int, **changes) -> dict[int, tuple[list[int], torch.Tensor]]:
-    """What the ranks get, concatenated."""
+    """Return the batches of all ranks, concatenated."""
     ranks = [images_by_step(source, rank=rank, world_size=world_size, **changes) for rank in range(world_size)]
     return {step: ([i for r in ranks for i in r[step][0]], torch.cat([r[step][1] for r in ranks])) for step in ranks[0]}

@@ -1,4 +1,4 @@
-"""The input path: what a folder holds, what is shown when, and whether the pixels are the right ones."""
+"""Batches: the right images in the right order, with the right pixels; resources and how a run ends."""
 
 from __future__ import annotations
 
@@ -44,9 +44,6 @@ CHANGES = ("color", "lift", "sigma", "window", "unsolarized")  # what `Photometr
 @pytest.fixture(scope="module")
 def source(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     return fifty(tmp_path_factory.mktemp("images"))
-
-
-# --- what roots hold (tests/test_index.py has the whole table)
 
 
 def test_class_folders_give_labels(source: Mixture):
@@ -99,9 +96,6 @@ def test_every_kind_of_source_shows_the_same(source: Mixture, tmp_path: Path, ki
     some = np.array([3, 49, 0])
     (view,), (again,) = (center(s, some, 24, 3) for s in (source, other))
     assert torch.equal(view, again)
-
-
-# --- pixels
 
 
 @pytest.mark.parametrize("size", [24, 64])  # some grow, some shrink
@@ -168,7 +162,7 @@ def test_odd_files_come_out_upright_and_rgb(tmp_path: Path):
 
 @pytest.mark.parametrize("image_size", [24, 56])
 def test_center_batches_agree_with_pillow(source: Mixture, image_size: int):
-    """Both sides of the rule: 20 to 90 pixel images against 24 and 56 pixel views."""
+    """Test both sides of the rule: images of 20 to 90 pixels, views of 24 and 56."""
     ids = np.arange(len(source))[::-1]
     views = center(source, ids, image_size, 16)
     assert [len(view) for view in views] == [16, 16, 16, 2]
@@ -190,12 +184,9 @@ def test_center_leaves_images_of_the_right_size_alone(tmp_path: Path):
     assert (view.numpy() == np.asarray(picture(0, 32, 32))).all()
 
 
-# --- the same data whatever the machine
-
-
 @pytest.mark.parametrize("changes", [{"threads": 2}, {"prefetch": 1}, {"prefetch": 4, "threads": 2}])
 def test_runtime_settings_do_not_change_the_data(source: Mixture, changes: dict):
-    """Bit for bit. The batches are kept while later ones are made, so a reused buffer would show as well."""
+    """Compare bit for bit. Batches are kept while later ones are made, so a reused buffer shows too."""
     assert_same(images_by_step(source), images_by_step(source, **changes))
 
 
@@ -206,7 +197,7 @@ def test_world_size_does_not_change_the_data(source: Mixture, world_size: int):
 
 @pytest.fixture(scope="module")
 def mixture(source: Mixture, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    """50 images of a folder, each twice, and a different half of 50 in shards: 125 visits an epoch."""
+    """Return 50 images of a folder, each twice, and a changing half of 50 in shards: 125 visits an epoch."""
     shards = packed(source, tmp_path_factory.mktemp("shards"), "tar")
     return opened(f"{Path(source.path(0)).parents[1]}=2", f"{shards}=0.5")
 
@@ -224,7 +215,7 @@ def mixture(source: Mixture, tmp_path_factory: pytest.TempPathFactory) -> Mixtur
     ids=str,
 )
 def test_a_mixture_is_the_same_however_it_is_made(mixture: Mixture, changes: dict):
-    """Ranks, threads, prefetch and a restart in the middle of an epoch (of 7 steps), all at once."""
+    """Vary ranks, threads, prefetch and a restart in the middle of an epoch (of 7 steps)."""
     whole = images_by_step(mixture, last_step=16)
     kept = {step: batch for step, batch in whole.items() if step >= changes.get("first_step", 0)}
     assert_same(kept, over_ranks(mixture, **{"world_size": 1, "last_step": 16} | changes))
@@ -264,14 +255,12 @@ def test_images_outlive_close_and_close_ends_the_iterator(source: Mixture):
     assert torch.equal(images, copy)
 
 
-# --- views
-
 EVERYTHING = AUGMENTS["byol"]
 TWO = {"photometric": EVERYTHING, "views": 2}
 
 
 def views_by_step(source: Mixture, **changes) -> dict[int, tuple[list[int], torch.Tensor]]:
-    """With the image first, so that `over_ranks` can concatenate."""
+    """Return batches with the image first, the view second."""
     return {step: (ids, images.transpose(0, 1)) for step, (ids, images) in images_by_step(source, **changes).items()}
 
 
@@ -318,7 +307,7 @@ def test_views_have_independent_colours_and_shares_of_their_own(source: Mixture)
 
 
 def test_independent_crops(source: Mixture):
-    """View 0 is the single view bit for bit, and every view the window and flip of its own, as Pillow sees them."""
+    """View 0 is the single view bit for bit. Every view has the window and flip drawn for it, by Pillow's pixels."""
     single = images_by_step(source, last_step=2)
     for batch in batches(source, last_step=2, views=3, independent=True):
         ids = batch.ids.numpy()
@@ -385,18 +374,15 @@ def test_the_next_batch_is_made_while_the_caller_computes(source: Mixture, monke
         loader.close()
 
 
-# --- what a run costs, and how it ends
-
-
 def _resources() -> tuple[int, int, int]:
-    """Memory in bytes, open files, threads of this process."""
+    """Return memory in bytes, open files and threads of this process."""
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 def test_two_thousand_batches_leak_nothing(mixture: Mixture):
-    """Of a folder and shards, two dozen of whose pipelines come and go, half of them with two changed views."""
+    """Run two dozen pipelines over a folder and shards, half of them with two changed views."""
     for options in ({}, TWO):
         list(batches(mixture, last_step=3, **options))
     gc.collect()
@@ -417,7 +403,7 @@ def test_two_thousand_batches_leak_nothing(mixture: Mixture):
 
 
 def test_a_caller_that_is_busy_is_not_run_ahead_of(source: Mixture, monkeypatch: pytest.MonkeyPatch):
-    """What is read ahead is bounded, waits for the caller, and is at hand when it comes back."""
+    """Batches read ahead are bounded in number, wait for the caller, and are at hand when the caller returns."""
     read, taken = Mixture.read_many, []
     monkeypatch.setattr(Mixture, "read_many", lambda self, ids: taken.extend(ids) or read(self, ids))
     for prefetch in (1, 3):
@@ -427,7 +413,7 @@ def test_a_caller_that_is_busy_is_not_run_ahead_of(source: Mixture, monkeypatch:
         time.sleep(0.5)
         ahead = len(taken)
         time.sleep(0.3)
-        # of batches: one handed over, `prefetch` in the pipeline, as many in the queue, one that waits for room in it
+        # batches: one handed over, `prefetch` in the pipeline, as many in the queue, one that waits for room in it
         assert ahead == len(taken) and ahead <= 4 * (2 + 2 * prefetch)
         assert prefetch == 1 or next(loader).wait_ms < 20
         loader.close()
@@ -460,7 +446,7 @@ def test_import_needs_neither_dali_nor_pillow():
 
 @pytest.mark.parametrize("crops", [1, 2])
 def test_the_graph_for_a_gpu_decodes_whole_images(monkeypatch: pytest.MonkeyPatch, crops: int):
-    """Windows are cut on the GPU from what is decoded once. Of the graph alone, which can be laid out without one."""
+    """The GPU cuts windows from an image decoded once. Tests the graph alone, which needs no GPU."""
     fn = importlib.import_module("nvidia.dali.fn")
     calls, decode_whole = [], fn.decoders.image
     monkeypatch.setattr(fn.decoders, "image", lambda *a, **k: calls.append(k) or decode_whole(*a, **k))
@@ -478,7 +464,7 @@ def test_the_graph_for_a_gpu_decodes_whole_images(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.gpu
 @pytest.mark.parametrize("load", [0.0, 1.0])
 def test_gpu_decodes_as_the_cpu(source: Mixture, monkeypatch: pytest.MonkeyPatch, load: float):
-    """By CUDA and by the hardware engine: at most 2 levels, 0.2 on average, per image. Not yet run on a GPU."""
+    """CUDA and the hardware engine differ by 2 levels at most, 0.2 on average, per image. Not yet run on a GPU."""
     monkeypatch.setattr(decode, "HW_DECODER_LOAD", load)
     for cpu, gpu in zip(batches(source), batches(source, device="cuda:0"), strict=True):
         assert gpu.images.is_cuda and torch.equal(cpu.ids, gpu.ids)
@@ -489,7 +475,7 @@ def test_gpu_decodes_as_the_cpu(source: Mixture, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.gpu
 @pytest.mark.parametrize("independent", [False, True])
 def test_gpu_changes_views_as_the_cpu(tmp_path: Path, independent: bool):
-    """Of lossless images, whose decoding leaves nothing to differ. Not yet run on a GPU."""
+    """Use lossless images, which decode alike everywhere. Not yet run on a GPU."""
     for i in range(32):
         picture(i, 64, 64).save(tmp_path / f"{i}.png")
     source = opened(tmp_path)
@@ -501,7 +487,7 @@ def test_gpu_changes_views_as_the_cpu(tmp_path: Path, independent: bool):
 
 @pytest.mark.gpu
 def test_the_callers_stream_waits_for_the_images_and_keeps_them(source: Mixture):
-    """Read on a busy stream, and dropped before the GPU has got to them. Not yet run on a GPU."""
+    """Read images on a busy stream and drop them before the GPU reaches them. Not yet run on a GPU."""
     expected = [batch.images.long().sum() for batch in batches(source, device="cuda:0", last_step=30)]
     torch.cuda.synchronize()
     found = []

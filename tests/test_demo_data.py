@@ -23,14 +23,14 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def load(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [n, H, W, 3] in [0, 1] and labels [n]."""
+    """Return pixels [n, H, W, 3] in [0, 1] and labels [n]."""
     paths = sorted((root / split).rglob("*.jpg"))
     images = np.stack([np.asarray(Image.open(path)) for path in paths]) / 255
     return images, np.array([CLASSES.index(path.parent.name) for path in paths])
 
 
 def knn_accuracy(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray) -> float:
-    """20-NN after standardising each feature, so that none is drowned by its units."""
+    """Return 20-NN accuracy after standardising each feature, so that all weigh alike."""
     scale = bank.std(0) + 1e-9
     distance = (((queries[:, None] - bank[None]) / scale) ** 2).sum(-1)
     nearest = labels[np.argsort(distance, 1)[:, :20]]
@@ -84,7 +84,7 @@ def test_trivial_statistics_do_not_give_the_class_away(root: Path, statistic: st
 
 
 def test_the_layout_tells_the_class(root: Path) -> None:
-    """The control of the test above: the same probe on a 6 x 6 picture does see the class."""
+    """Control of the test above: the same probe sees the class in a 6 x 6 picture."""
 
     def features(images: np.ndarray) -> np.ndarray:
         side = IMAGE_SIZE // 6

@@ -1,4 +1,4 @@
-"""Images and storage that turn bad while a run reads them: what is said, skipped, waited for or an error."""
+"""Images and storage that turn bad while a run reads them: messages, skips, waits and errors."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def source(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Mixture:
 
 
 def _html(path: Path) -> None:
-    """Of the same length, so that only decoding tells."""
+    """Overwrite the start, at the same length, so that only the bytes show the change."""
     path.write_bytes(b"<html>" + path.read_bytes()[6:])
 
 
 def _png_of_noise(path: Path) -> None:
-    """Sound to its checksums, but what they protect is no compressed data."""
+    """Write a PNG of right checksums around bytes that are no compressed data."""
     path.write_bytes(png_header(64, 64) + png_chunk(b"IDAT", bytes(range(200))) + png_chunk(b"IEND", b""))
 
 
 def twelve(root: Path, *, epoch_position: int, prepare=None) -> tuple[Mixture, Path]:
-    """Twelve images, and the file of the one at a position of epoch 0, which `prepare` changes before indexing."""
+    """Return twelve images and the file at a position of epoch 0, which `prepare` changes before indexing."""
     for i in range(12):
         picture(i, 64, 64).save(root / f"{i:02d}.jpg")
     victim = root / f"{epoch_order(12, seed=3, epoch=0)[epoch_position]:02d}.jpg"
@@ -113,7 +113,7 @@ def test_a_bad_image_is_skipped_wherever_it_is_met(tmp_path: Path, caplog: pytes
 
 @pytest.mark.parametrize("damage", [_html, Path.unlink])
 def test_dali_is_given_images_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage):
-    """DALI 2.4 crashes the process now and then over others, in about one of three such runs on four threads."""
+    """DALI 2.4 may crash the process over other bytes: in about one of three such runs on four threads."""
     source, victim = twelve(tmp_path, epoch_position=9)
     damage(victim)
     given: list[bytes] = []
@@ -159,7 +159,7 @@ def test_the_probe_shows_another_image_of_the_label(source: Mixture):
 
 
 def test_storage_that_is_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Whatever the policy: no image is bad then."""
+    """No image is bad then, so the policy does not matter."""
     (tmp_path / "data").mkdir()
     source, _ = twelve(tmp_path / "data", epoch_position=0)
     sound = images_by_step(source, batch_size=4)
@@ -188,7 +188,7 @@ def test_storage_that_is_gone_is_waited_for(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("back", ["after a pause", "at once"])
 def test_storage_that_goes_while_a_batch_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str):
-    """Some of its images came, yet those that did not are no bad ones."""
+    """Images that did not come are not bad, even if other images of their batch came."""
     (tmp_path / "data").mkdir()
     source, _ = twelve(tmp_path / "data", epoch_position=0)
     sound = images_by_step(source, batch_size=4)

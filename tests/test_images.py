@@ -1,4 +1,4 @@
-"""Encoded images: an exact outcome for every kind, the one DALI gives, and no more than their bytes cost."""
+"""Encoded images: an exact outcome for every kind, agreement with DALI, and bounded cost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_every_kind_of_image(data: Path, case: Case, mode: Mode):
 
 
 def by_dali(content: bytes, top_left: tuple[int, int] | None = None) -> np.ndarray | None:
-    """DALI's pixels of an encoded image, or of what lies below and to the right of `top_left`; None if it fails."""
+    """Return DALI's pixels of an encoded image, or of its part from `top_left` on; None if DALI fails."""
     from nvidia.dali import fn
     from nvidia.dali.pipeline import Pipeline
 
@@ -71,7 +71,7 @@ def by_dali(content: bytes, top_left: tuple[int, int] | None = None) -> np.ndarr
     "case", [c for c in CASES.values() if c.content], ids=[n for n, c in CASES.items() if c.content]
 )
 def test_dali_agrees(case: Case):
-    """What is accepted is what DALI decodes, at the same size and also in part; what is refused besides is marked."""
+    """DALI decodes every accepted image, whole and in part, at the same size, and no refused one that is not marked."""
     if case.outcome[0] in ("empty", "too many pixels") or case.dali == "crashes":
         return  # no input to DALI, 11 GB of memory, or the end of this process
     whole = by_dali(case.content)
@@ -87,7 +87,7 @@ def test_dali_agrees(case: Case):
 
 
 def test_dali_dies_of_what_is_marked_to_crash_it():
-    """A damaged EXIF block in a PNG ends the process; the day it does not, it may be let through."""
+    """A damaged EXIF block in a PNG ends the process. Once DALI survives it, the check can go."""
     content = CASES["png damaged EXIF"].content
     code = f"""
 import numpy as np
@@ -104,7 +104,7 @@ pipeline.run()
 
 
 def test_every_truncation_is_seen():
-    """At every byte of the formats that state their length, and of a JPEG."""
+    """Cut formats that state their length, and JPEGs, at many bytes."""
     for name in (
         "jpeg",
         "jpeg progressive",
@@ -124,7 +124,7 @@ def test_every_truncation_is_seen():
 
 
 def test_holes_and_noise_in_photographs_are_seen():
-    """4 kB of zeros or noise anywhere in a JPEG's compressed data, as a torn download or a dying disk leaves them."""
+    """Put 4 kB of zeros or noise anywhere in a JPEG's compressed data, as a torn download or a dying disk does."""
     content = noisy_jpeg()
     scan = content.rindex(b"\xff\xda")
     rng = np.random.default_rng(0)
@@ -153,14 +153,14 @@ def test_no_damage_makes_the_parsers_stumble(name: str, data: st.DataObject):
 
 
 def noisy_jpeg() -> bytes:
-    """About 110 kB, as an ImageNet file."""
+    """Return a JPEG of about 110 kB, the size of an ImageNet file."""
     noise = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
     picture = Image.fromarray(noise).resize((500, 375)).reduce(1)
     return encode(picture, "JPEG", quality=62)
 
 
 def test_the_thorough_mode_is_fast(data: Path):
-    """Processor time of one core for files of ImageNet's size; the required rate is 1,500 a second."""
+    """Measure processor time for files of ImageNet's size; the required rate is 1,500 a second on a core."""
     content = noisy_jpeg()
     assert 90_000 < len(content) < 130_000
     for i in range(300):
@@ -173,7 +173,7 @@ def test_the_thorough_mode_is_fast(data: Path):
 
 
 def test_a_bomb_costs_nothing(data: Path):
-    """Sound PNGs of 900 megapixels and a JPEG that claims 4,290: refused in a process held to its limits."""
+    """A PNG of 196 megapixels and a JPEG that claims 4,290 are refused with little memory and time."""
     (data / "bomb.png").write_bytes(png_bomb(14000))
     (data / "claim.jpg").write_bytes(jpeg_frame(SOUND, height=65500, width=65500))
     (data / "fine.jpg").write_bytes(SOUND)

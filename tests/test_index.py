@@ -1,4 +1,4 @@
-"""The index: an exact outcome for every kind of root, and when it is made again; several roots, and the command."""
+"""The index: an exact outcome for every kind of root, renewal, several roots, and the command."""
 
 from __future__ import annotations
 
@@ -34,17 +34,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, beside `tmp_path / "data"`."""
+    """Return an empty cache beside `tmp_path / "data"`."""
     monkeypatch.setenv("CJEPA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     return tmp_path / "cache"
 
 
-# --- roots of every kind
-
-
 def sparse_tar() -> bytes:
-    """A GNU sparse member, which holds less than its size says."""
+    """Return a tar with a GNU sparse member, which holds less than its size says."""
     header = bytearray(tar(("a.jpg", SOUND))[:512])
     header[156:157] = b"S"
     header[148:156] = b" " * 8
@@ -54,7 +51,7 @@ def sparse_tar() -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Root:
-    """Files below data/, what is given as root, and the outcome: a description and what is left out, or a message."""
+    """Files below data/, the root given, and the outcome: a description and the files left out, or a message."""
 
     files: dict[str | bytes, bytes]
     outcome: str
@@ -260,8 +257,7 @@ def test_how_many_kinds_of_bad_there_are():
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path, cache: Path):
-    """Whatever Python opens to write, makes, moves or removes while good and bad files are indexed and read: in the
-    cache, as its audit events tell."""
+    """Record Python's audit events while good and bad files are indexed and read: all changes lie in the cache."""
     data = tmp_path / "data"
     for name, case in CASES.items():
         if case.outcome[0] not in FORMATS or name in ("jpeg", "png", "webp", "bmp"):
@@ -302,7 +298,7 @@ print(*(os.path.abspath(path) for path in changed if isinstance(path, (str, os.P
 
 
 def test_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """By hand, for root may read everything."""
+    """Raise the errors by hand, as root may read everything."""
     data = tmp_path / "data"
     for name in ("a.jpg", "b.jpg"):
         (data / name).write_bytes(SOUND)
@@ -330,9 +326,6 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, cache: Path):
     (tmp_path / "data" / "a.jpg").write_bytes(SOUND)
     with pytest.raises(UserError, match=r"the cache cannot be written \(Not a directory\); point CJEPA_CACHE"):
         open_sources([str(tmp_path / "data")])
-
-
-# --- when a source changes
 
 
 def _append_shard(data: Path) -> None:
@@ -408,9 +401,6 @@ def test_of_many_processes_one_indexes(tmp_path: Path, monkeypatch: pytest.Monke
     assert built == [1]
 
 
-# --- several roots
-
-
 def test_roots_are_mixed(tmp_path: Path):
     for name, n in (("a", 4), ("b", 3)):
         (tmp_path / name).mkdir()
@@ -424,7 +414,7 @@ def test_roots_are_mixed(tmp_path: Path):
     assert mixture.sizes.tolist() == [[14, 20], [14, 21], [14, 22], [14, 23], [13, 20], [13, 21], [13, 22]]
     assert mixture.source_of(np.arange(7)).tolist() == [0] * 4 + [1] * 3
     assert [mixture.name(i) for i in (3, 4)] == [str(tmp_path / "a" / "3.jpg"), str(tmp_path / "b" / "0.jpg")]
-    assert mixture.read(5, verify=True) == jpeg(1, 13, 21) and mixture.fault(5) is None
+    assert mixture.read(5) == jpeg(1, 13, 21) and mixture.fault(5) is None
     ids, repeats = epoch_visits([4, 3], mixture.weights, seed=1, epoch=0)
     assert len(ids) == 8 and (ids >= 4).sum() == 6 and repeats.max() == 1
     (tmp_path / "b" / "2.jpg").write_bytes(b"")
@@ -449,9 +439,6 @@ def test_labels_of_a_mixture_need_the_same_classes(tmp_path: Path):
     assert other.classes == () and other.labels is None
     assert other.description.endswith("weight 1; labels not used as the sources name different classes")
     assert "not used" not in same.description
-
-
-# --- the command
 
 
 def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture, cache: Path):
@@ -499,7 +486,7 @@ def test_processes_find_what_threads_find(tmp_path: Path):
 
 @pytest.mark.parametrize("shown", [True, False, None])
 def test_progress_counts_every_image(tmp_path: Path, shown: bool | None, capsys: pytest.CaptureFixture[str]):
-    """On a terminal; a log file stays free of it."""
+    """The bar shows on a terminal, not in a log file."""
     for i in range(300):
         (tmp_path / "data" / f"{i}.jpg").write_bytes(SOUND if i % 3 else b"")
     with ThreadPoolExecutor(2) as pool:
@@ -583,7 +570,7 @@ def die(*_: object, **__: object) -> None:
 
 
 def test_a_killed_command_keeps_nobody_waiting(tmp_path: Path):
-    """Its workers inherit the lock."""
+    """The workers inherit the lock, so they must end with the command."""
     script = """
 import os, sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The manifest: what it holds of what was found, and that it is whole, and each image what it was."""
+"""The manifest: its content, damage to its file, and images that changed since."""
 
 from __future__ import annotations
 

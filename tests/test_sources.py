@@ -26,9 +26,6 @@ from indexing import build
 IMAGE = jpeg()
 
 
-# --- several roots
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -53,9 +50,6 @@ def test_a_path_that_exists_is_no_weight(tmp_path: Path):
     (tmp_path / "lr=2").mkdir()
     assert parse_root(str(tmp_path / "lr=2")) == (str(tmp_path / "lr=2"), 1.0)
     assert parse_root(f"{tmp_path}/lr=2=3") == (str(tmp_path / "lr=2"), 3.0)
-
-
-# --- patterns and names
 
 
 def test_patterns(tmp_path: Path):
@@ -87,11 +81,8 @@ def test_names_in_messages_stay_on_one_line():
     assert printable("/a/\n\udcff.jpg") == "/a/\\n\\udcff.jpg"
 
 
-# --- tar against tarfile
-
-
 def members(content: bytes, folder: Path) -> tuple[list[Member], str]:
-    """What tar_members finds, and its fault."""
+    """Return the members that tar_members finds, and its fault."""
     path = folder / "x.tar"
     path.write_bytes(content)
     found: list[Member] = []
@@ -144,7 +135,7 @@ def test_tars_are_read_as_tarfile_does(
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_no_damage_to_a_tar_goes_beyond_it(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
-    """Whatever the headers claim, every member lies inside the file, and reading ends."""
+    """Every member lies inside the file, and reading ends, with any claim of the headers."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for i in range(3):
@@ -166,7 +157,7 @@ def test_no_damage_to_a_tar_goes_beyond_it(data: st.DataObject, tmp_path_factory
 
 
 def test_large_sizes_in_base_256(tmp_path: Path):
-    """A member over 8 GiB, which octal digits cannot state: it leaves this file, and says so."""
+    """Octal digits cannot state a member over 8 GiB; its end outside the file is a fault."""
     info = tarfile.TarInfo("a.jpg")
     info.size = 9 * 2**30
     found, fault = members(info.tobuf(tarfile.GNU_FORMAT), tmp_path)
@@ -180,9 +171,6 @@ def test_a_name_of_a_million_bytes_is_a_fault(tmp_path: Path):
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
         archive.addfile(tarfile.TarInfo("x" * 10**6 + ".jpg"))
     assert members(file.getvalue(), tmp_path) == ([], "holds a name of 1,000,005 bytes at byte 512")
-
-
-# --- samples of a tar
 
 
 def tar(*entries: tuple[str, bytes]) -> bytes:
@@ -215,7 +203,7 @@ def test_members_are_grouped_as_webdataset_does(tmp_path: Path):
 
 
 def test_nothing_in_a_shard_is_executed_or_extracted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Canary: pickles under every name that libraries unpickle; no bytes of theirs are even read."""
+    """Pack pickles under every name that libraries unpickle: none of their bytes is read."""
     canary = tmp_path / "canary"
 
     class Bomb:
@@ -253,9 +241,6 @@ def test_nothing_in_a_shard_is_executed_or_extracted(tmp_path: Path, monkeypatch
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["d", "s.tar"]
 
 
-# --- lists
-
-
 def test_lists_give_paths_and_labels(tmp_path: Path):
     data = tmp_path / "images"
     data.mkdir()
@@ -288,8 +273,6 @@ def test_lists_give_paths_and_labels(tmp_path: Path):
     assert len(build(f"list:{tmp_path}/odd.lst")[0]) == 1
 
 
-# --- parquet
-
 try:
     import pyarrow
     import pyarrow.parquet
@@ -301,7 +284,7 @@ needs_pyarrow = pytest.mark.skipif(bool(PYARROW), reason=PYARROW)
 
 
 def hugging_face(path: Path, contents: list[bytes | None], labels: list[int] | None = None, **options: Any) -> None:
-    """Rows as `datasets` writes them."""
+    """Write rows as Hugging Face's `datasets` does."""
     columns: dict[str, Any] = {"image": [{"bytes": c, "path": f"{i}.jpg"} for i, c in enumerate(contents)]}
     metadata = None
     if labels is not None:
@@ -388,7 +371,7 @@ def test_split_words_are_found_in_names_only(tmp_path: Path):
 
 
 def test_unsupported_tar_flavours(tmp_path: Path):
-    """GNU sparse members in pax form, whose stated size is not their data's."""
+    """Refuse GNU sparse members in pax form, whose data is shorter than their size."""
     record = b"30 GNU.sparse.realsize=100000\n"
     info = tarfile.TarInfo("x")
     info.size, info.type = len(record), tarfile.XHDTYPE

@@ -23,11 +23,8 @@ from pictures import RATIO, SCALE, batches, opened, picture
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-# --- crops
-
-
 def slow_window(height: int, width: int, scale, ratio, rng: random.Random) -> tuple[int, int, int, int]:
-    """The published definition of a random resized crop, one image at a time, with another generator."""
+    """Draw a random resized crop by its published definition, one image at a time, with another generator."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
@@ -55,7 +52,7 @@ def test_crop_windows_are_pinned():
 @pytest.mark.parametrize("size", [(375, 500), (500, 375), (32, 32), (64, 300), (3, 2), (1, 1)])
 @pytest.mark.parametrize("scale", [SCALE, (0.05, 0.2)])
 def test_crop_distribution_is_the_definition(size: tuple[int, int], scale: tuple[float, float]):
-    """Two-sample Kolmogorov-Smirnov on top, left, area and aspect against the slow definition."""
+    """Compare top, left, area and aspect with the slow definition: two-sample Kolmogorov-Smirnov."""
     n = 8000
     rng = random.Random(0)
     fast = windows_of(n, *size, scale=scale)
@@ -107,7 +104,7 @@ def test_crops_depend_on_seed_epoch_and_id_alone():
 
 
 def test_a_second_visit_is_drawn_anew():
-    """And the first one as if there were no other."""
+    """The first visit does not change if there is a second."""
     ids = np.arange(200)
     sizes = np.tile(np.array([300, 400], dtype=np.int32), (200, 1))
     visits = [Visits(ids, 1, 0, repeats) for repeats in (np.zeros(200, int), np.arange(200) % 2, 2**23)]
@@ -126,8 +123,6 @@ def test_half_of_the_images_are_flipped():
     assert all(abs(f.mean() - 0.5) < 4 / math.sqrt(4 * 4000) for f in flags)
     assert abs((flags[0] == flags[1]).mean() - 0.5) < 4 / math.sqrt(4 * 4000)
 
-
-# --- photometric draws
 
 BYOL = Photometric(  # the asymmetric recipe, with solarise
     color_jitter=(0.4, 0.4, 0.2, 0.1), grayscale_p=0.2, blur_p=(1.0, 0.1), solarize_p=(0.0, 0.2)
@@ -149,7 +144,7 @@ def test_the_recipes_of_augment():
 @pytest.mark.parametrize("augment", ["none", "color", "byol"])
 @pytest.mark.parametrize("strength", [0.0, 0.5, 5.0])
 def test_strength_scales_the_jitter(augment: str, strength: float):
-    """And nothing else; without jitter, greyscale is left."""
+    """Nothing else changes; without jitter, greyscale remains."""
     data, sizes = DataConfig(augment=augment, augment_strength=strength), np.full((9, 2), 30)
     drawn = draw_views(data, photometric(data), Views(24, 2), visits(9), sizes)
     jitter = tuple(strength * x for x in AUGMENTS[augment].color_jitter)
@@ -160,7 +155,7 @@ def test_strength_scales_the_jitter(augment: str, strength: float):
 
 
 def test_photometric_draws_are_pinned():
-    """These numbers may never change either."""
+    """These numbers may never change: a resumed run relies on them."""
     drawn = Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=1, blur_p=(1.0,), solarize_p=(0.5,)).draw(
         visits(2), view=1
     )
@@ -208,7 +203,7 @@ def test_views_beyond_the_last_probability_share_it():
 
 
 def test_photometric_shares_and_ranges():
-    """Each within four standard deviations; the factors are read back from the matrices."""
+    """Recover the factors from the matrices; allow four standard deviations."""
     n = 20000
     drawn = BYOL.draw(visits(n), view=1)
     color, lift = drawn["color"].astype(float), drawn["lift"].astype(float)
@@ -243,15 +238,13 @@ def test_photometric_shares_and_ranges():
         assert abs(factor.mean() - 1) < 4 * reach / math.sqrt(3 * len(factor))
 
 
-# --- photometric pixels, against Pillow's (torchvision's) operations and NumPy
-
 SIDE = 64
 WHOLE = {"image_size": SIDE, "crop_scale": (1.0, 1.0), "hflip": False, "last_step": 1}
 
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
-    """24 PNG files that no crop or resize changes, some so dark or bright that colours clip."""
+    """Return 24 PNG files that no crop or resize changes, some so dark or bright that colours clip."""
     root = tmp_path_factory.mktemp("squares")
     for i in range(24):
         light = (0.4, 1.0, 1.6)[i % 3]
@@ -265,7 +258,7 @@ def pixels(source: Mixture, changes: Photometric | None) -> tuple[np.ndarray, np
 
 
 def distance(source: Mixture, photometric: Photometric, oracle: Callable[[Image.Image, int], Any]) -> tuple[int, float]:
-    """Greatest and mean distance in levels to oracle(image, its place in the batch)."""
+    """Return the greatest and mean distance in levels to oracle(image, its place in the batch)."""
     _, before = pixels(source, None)
     _, after = pixels(source, photometric)
     expected = np.stack([np.asarray(oracle(Image.fromarray(image), k)) for k, image in enumerate(before)])
@@ -282,7 +275,7 @@ def uniforms(ids: np.ndarray) -> np.ndarray:
     ("which", "enhance"), [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)]
 )
 def test_jitter_is_pillows(squares: Mixture, which: int, enhance: Any):
-    """Within a level: Pillow cuts fractions off, we round, hence the mean of half a level."""
+    """Allow a level: Pillow cuts fractions off, the feed rounds, hence the mean of half a level."""
     jitter = (0.4 * (which == 0), 0.4 * (which == 1), 0.4 * (which == 2), 0.0)
     ids, _ = pixels(squares, None)
     factors = 0.6 + 0.8 * uniforms(ids)[1 + which]
@@ -292,7 +285,7 @@ def test_jitter_is_pillows(squares: Mixture, which: int, enhance: Any):
 
 
 def test_jitter_at_once_is_near_torchvisions_one_after_the_other(squares: Mixture):
-    """They differ where a step clips: by 1.9 to 2.5 levels on average, a third of the pictures being glaring."""
+    """The two differ where a step clips: by 1.9 to 2.5 levels on average, with a third of the pictures glaring."""
     ids, _ = pixels(squares, None)
     u = uniforms(ids)
     factors = [0.6 + 0.8 * u[1], 0.6 + 0.8 * u[2], 0.8 + 0.4 * u[3]]
@@ -309,7 +302,7 @@ def test_jitter_at_once_is_near_torchvisions_one_after_the_other(squares: Mixtur
 
 
 def test_hue_turns_chroma_in_yiq(squares: Mixture):
-    """Within a level of the definition; by a third of a turn red becomes green, as in Pillow's HSV."""
+    """Allow a level to the definition. A third of a turn makes red green, as in Pillow's HSV."""
     ids, _ = pixels(squares, None)
     turns = (2 * uniforms(ids)[4] - 1) * 0.5
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
@@ -337,7 +330,7 @@ def test_solarize_is_pillows(squares: Mixture):
 
 
 def test_blur_is_gaussian(squares: Mixture):
-    """Within a level of the definition, mirrored at the border, and five of Pillow's row of box filters."""
+    """Allow a level to the definition, mirrored at the border, and five to Pillow's series of box filters."""
     photometric = Photometric(blur_p=(1.0,))
     ids, _ = pixels(squares, None)
     sigma = 0.1 + 1.9 * uniforms(ids)[7]
@@ -359,7 +352,7 @@ def test_blur_is_gaussian(squares: Mixture):
 
 
 def test_operations_follow_in_the_order_given(squares: Mixture):
-    """Grey, then blur, then solarise: the order is seen, as solarise is not linear and blur rounds."""
+    """Grey, then blur, then solarise. Another order would show: solarise is not linear and blur rounds."""
     photometric = Photometric(grayscale_p=1.0, blur_p=(1.0,), blur_sigma=(1.5, 1.5), solarize_p=(1.0,))
 
     def oracle(image: Image.Image, _: int) -> Image.Image:
@@ -371,7 +364,7 @@ def test_operations_follow_in_the_order_given(squares: Mixture):
 
 
 def test_images_not_drawn_are_left_alone(squares: Mixture):
-    """Although the operators run over the whole batch."""
+    """The operators run over the whole batch, but must change only drawn images."""
     ids, before = pixels(squares, None)
     rare = Photometric(color_jitter=(0.4, 0.4, 0.2, 0.1), color_jitter_p=0.3, blur_p=(0.3,), solarize_p=(0.3,))
     _, after = pixels(squares, rare)

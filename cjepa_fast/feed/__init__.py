@@ -1,1 +1,5 @@
-"""Images: what there is (sources, shards, images, index, manifest), what is shown when (order, views), decoding."""
+"""The feed: from files to batches of images.
+
+Indexing: sources, listing, shards, images, scan, manifest, index. Training: mixture, order, views, read, decode, bad,
+batches.
+"""

@@ -63,13 +63,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        source: Mixture,
-        data: DataConfig,
-        views: Views,
-        order: Order,
-        place: Place,
-        bad: BadImages | None = None,
+        self, source: Mixture, data: DataConfig, views: Views, order: Order, place: Place, bad: BadImages | None = None
     ) -> None:
         assert 0 <= place.rank < place.world_size, place
         assert 1 <= views.count <= MAX_VIEWS, views
@@ -89,10 +83,8 @@ class Batches:
             place=place,
             prefetch=PREFETCH,
         )
-        self._views = views.count
-        self._decoded = _decoded(
-            source, partial(_training_requests, source, order, place, draw, known), options, order.first_step, known
-        )
+        requests = partial(_training_requests, source, order, place, draw, known)
+        self._views, self._decoded = views.count, _decoded(source, requests, options, order.first_step, known)
 
     def __iter__(self) -> Batches:
         return self
@@ -116,12 +108,7 @@ class Batches:
 
 
 def _training_requests(
-    source: Mixture,
-    order: Order,
-    place: Place,
-    draw: Callable[..., dict[str, np.ndarray]],
-    bad: BadImages,
-    step: int,
+    source: Mixture, order: Order, place: Place, draw: Callable[..., dict[str, np.ndarray]], bad: BadImages, step: int
 ) -> Iterator[Request]:
     """Yield this rank's requests from a step on. Draws for several steps at once, which costs less."""
     b = order.batch_size // place.world_size
@@ -143,12 +130,7 @@ def _training_requests(
 
 
 def center_batches(
-    source: Mixture,
-    ids: np.ndarray,
-    image_size: int,
-    batch_size: int,
-    place: Place,
-    bad: BadImages | None = None,
+    source: Mixture, ids: np.ndarray, image_size: int, batch_size: int, place: Place, bad: BadImages | None = None
 ) -> Iterator[torch.Tensor]:
     """Yield the evaluation view of images `ids`, in that order: uint8 [b, H, W, 3], the last batch may be short.
 
@@ -188,14 +170,14 @@ def _with_its_label(source: Mixture, i: int, bad: Collection[int]) -> int:
     Raises:
         UserError: none is left.
     """
-    while i in bad:
-        alike = np.arange(len(source)) if source.labels is None else np.flatnonzero(source.labels == source.labels[i])
-        after = np.roll(alike, -int(np.searchsorted(alike, i, side="right")))
-        good = after[~np.isin(after, list(bad))]
-        if not len(good):
-            raise UserError(f"{source.name(i)}: is bad, and no image with its label is left")
-        i = int(good[0])
-    return i
+    if i not in bad:
+        return i
+    alike = np.arange(len(source)) if source.labels is None else np.flatnonzero(source.labels == source.labels[i])
+    after = np.roll(alike, -int(np.searchsorted(alike, i, side="right")))
+    good = after[~np.isin(after, list(bad))]
+    if not len(good):
+        raise UserError(f"{source.name(i)}: is bad, and no image with its label is left")
+    return int(good[0])
 
 
 def _decoded(

@@ -1,20 +1,16 @@
-"""The demo dataset: ten letters laid in mosaic, on which a tiny C-JEPA visibly learns in a minute on a CPU.
+"""The demo dataset: ten letters laid in mosaic, from which a tiny C-JEPA learns in a minute on a CPU.
 
-Each image is a mosaic of about 144 irregular tiles; those nearest to the strokes of a letter are lighter on
-average. The nuisances: every tile has its own colour, lightness and contrast, every pixel its noise, and each
-letter its place, size, aspect and tilt. Image-wide colour and contrast say nothing of the class: each letter
-lights the same share of the tiles (larger ones have thinner strokes), and each image has a mid-grey mean.
+Each image is a mosaic of about 144 irregular tiles; those nearest to the strokes of a letter are lighter on average.
+Each tile has its own colour, lightness and contrast, each pixel its noise, each letter its place, size, aspect and
+tilt. Image-wide colour and contrast do not give the class away: each letter lights the same share of the tiles (larger
+ones have thinner strokes), and each image has a mid-grey mean.
 
-Why so: the layout is the class and the one thing that some patches tell about the others, so predicting
-masked patches calls for it, while tile colours are independent between places. A layout is plain in the
-pixels (20-NN on a 6 x 6 thumbnail: 98 %), but tokens pooled over the image show it only once they encode
-it.
-Measured with a prototype (width 96, depth 3, 36 tokens, 250 steps of 128, 36 s of one core), 20-NN of
-pooled target features, chance 10 %, six seeds: 15 to 33 % untrained, 58 to 72 % after C-JEPA; 19 to 32 %
-after I-JEPA (three seeds). More steps are not better: 600 of them passed 59 % and fell to 31 % (one seed),
-as features of no class took over. Sets that taught less under earlier settings, one seed each: letters in
-sharp strokes 28 to 41 % (edges are read untrained), with free mean colours 15 to 22 %, quilts of ten
-patterns 46 to 48 % at best.
+Tile colours are independent, so some patches predict others through the letter's layout alone. Pixels show the layout
+(20-NN on a 6 x 6 thumbnail: 98 %), pooled tokens only once they encode it. Measured with a prototype (width 96, depth
+3, 36 tokens, 250 steps of 128, 36 s of one core), 20-NN of pooled target features, chance 10 %, six seeds: untrained 15
+to 33 %, C-JEPA 58 to 72 %, I-JEPA (three seeds) 19 to 32 %. More steps are not better: 600 passed 59 % and fell to 31 %
+(one seed), as features without the class took over. Earlier designs taught less (one seed each): letters in sharp
+strokes 28 to 41 %, as edges are read untrained; free mean colours 15 to 22 %; quilts of ten patterns 46 to 48 %.
 """
 
 from __future__ import annotations
@@ -54,9 +50,11 @@ CLASSES: tuple[str, ...] = tuple(_STROKES)
 def write_demo_dataset(root: Path, *, train_per_class: int = 300, test_per_class: int = 100, seed: int = 0) -> None:
     """Write `root/{train,test}/<class>/NNNNN.jpg`: RGB, `IMAGE_SIZE` pixels square, 2 to 3 kB each.
 
-    The same seed gives the same files (under the same NumPy and Pillow). Each split and class draws from its
-    own stream, and more images per class only add files: the first ones stay the same. `root` must be new or
-    empty: an existing class folder raises `FileExistsError`. Caching and the atomic rename are the caller's.
+    The same seed gives the same files (under the same NumPy and Pillow). Each split and class has its own stream, so
+    more images per class only add files.
+
+    Raises:
+        FileExistsError: `root` holds a class folder already.
     """
     from PIL import Image
 
@@ -69,10 +67,7 @@ def write_demo_dataset(root: Path, *, train_per_class: int = 300, test_per_class
 
 
 def _images(letter: str, n: int, seed: tuple[int, ...], chunk: int = 20) -> Iterator[np.ndarray]:
-    """Yield n images [IMAGE_SIZE, IMAGE_SIZE, 3] uint8.
-
-    Whole chunks are drawn, so that image i does not depend on n; small ones keep the arrays in cache.
-    """
+    """Yield n images, uint8 [IMAGE_SIZE, IMAGE_SIZE, 3], drawn in whole chunks so that image i does not depend on n."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -81,7 +76,7 @@ def _images(letter: str, n: int, seed: tuple[int, ...], chunk: int = 20) -> Iter
 
 
 def _mosaic(letter: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """n mosaics of one letter, [n, IMAGE_SIZE, IMAGE_SIZE, 3] uint8."""
+    """Draw n mosaics of one letter, uint8 [n, IMAGE_SIZE, IMAGE_SIZE, 3]."""
     import numpy as np
 
     f32 = np.float32
@@ -117,9 +112,10 @@ def _mosaic(letter: str, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _lit(seeds: np.ndarray, letter: str, rng: np.random.Generator) -> np.ndarray:
-    """The tiles that the letter lights, [n, T] bool: the `INK_SHARE` nearest to its strokes.
+    """Return the tiles that the letter lights, bool [n, T]: the `INK_SHARE` of them nearest to its strokes.
 
-    seeds: [n, T, 2] as (y, x), in units where the image is [-1, 1]^2.
+    Args:
+        seeds: [n, T, 2] as (y, x), in units where the image is [-1, 1]^2.
     """
     import numpy as np
 

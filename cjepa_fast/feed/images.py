@@ -148,6 +148,7 @@ def _truncated(data: bytes, what: str) -> BadImage:
 
 
 _BLOCK_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}  # the fewest bits an 8 x 8 block takes: one code for DC, one for AC
+_FACTORS = {16 * across + down for across in range(1, 5) for down in range(1, 5)}  # of a channel's sampling
 _FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # processes that few decoders know
 _IN_SCANS = {0xC4, 0xDA, 0xDB, 0xDC, 0xDD, 0xFE}  # segments allowed between the scans
 _NO_MARKER = np.zeros(256, dtype=bool)  # bytes that follow 0xFF in compressed data: stuffing, restarts, fill
@@ -208,20 +209,14 @@ def _jpeg(data: bytes, max_pixels: int, thorough: bool) -> Header:
 
 
 def _check_frame(frame: bytes, length: int) -> None:
-    if length < 11 or frame[5] not in (1, 3, 4) or length != 8 + 3 * frame[5]:
+    if length < 11 or frame[5] not in (1, 3, 4) or length != 8 + 3 * frame[5] or not _FACTORS.issuperset(frame[7::3]):
         raise BadImage("damaged", "a damaged JPEG frame header")
     if frame[0] != 8:
         raise BadImage("unsupported", f"a JPEG with {frame[0]} bits a channel, where DALI decodes 8")
-    if any(not (1 <= c >> 4 <= 4 and 1 <= c & 15 <= 4) for c in frame[7::3]):
-        raise BadImage("damaged", "a damaged JPEG frame header")
 
 
 def _check_huffman_tables(tables: bytes) -> bool:
-    """Return whether zero bits cannot be flat colour: some AC table reads them as more than the end of a block.
-
-    Raises:
-        BadImage: a table is damaged.
-    """
+    """Return whether zero bits cannot be flat colour: some AC table reads them as more than the end of a block."""
     at, busy = 0, False
     while at < len(tables):
         codes = sum(tables[at + 1 : at + 17])
@@ -233,11 +228,7 @@ def _check_huffman_tables(tables: bytes) -> bool:
 
 
 def _jpeg_end(data: bytes, scan: int) -> int:
-    """Return the position of the end marker, after a check of every marker from the scan at `scan` on.
-
-    Raises:
-        BadImage: stray bytes, or no end marker.
-    """
+    """Return the position of the end marker, after a check of every marker from the scan at `scan` on."""
     body = np.frombuffer(data, dtype=np.uint8)[scan:]
     prefixes = np.flatnonzero(body[:-1] == 0xFF)
     markers = prefixes[~_NO_MARKER[body[prefixes + 1]]] + scan
@@ -296,7 +287,7 @@ def _png(data: bytes, max_pixels: int, thorough: bool) -> Header:
         raise BadImage("damaged", "a PNG without a header chunk")
     width, height = struct.unpack(">II", _bytes(data, 16, 8))
     depth, colour, compression, filters, interlace = _bytes(data, 24, 5)
-    header = _header(_PNG, width, height, max_pixels)
+    _header(_PNG, width, height, max_pixels)  # a bomb ends here
     if depth not in {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}.get(colour, ()) or (
         compression or filters or interlace > 1
     ):
@@ -321,7 +312,7 @@ def _png(data: bytes, max_pixels: int, thorough: bool) -> Header:
         at += 12 + length
     if not has_data or not has_palette:
         raise BadImage("damaged", "a PNG without image data" if has_palette else "a PNG without its palette")
-    return _header(_PNG, width, height, max_pixels, orientation) if orientation >= 5 else header
+    return _header(_PNG, width, height, max_pixels, orientation)
 
 
 def _strict_orientation(exif: bytes) -> int:

@@ -174,7 +174,7 @@ class Manifest:
         Raises:
             SampleError: the image cannot be read, or is not the one that was indexed.
         """
-        (data,) = self._read(np.array([i]))
+        (data,) = self.read_many(np.array([i]))
         if isinstance(data, SampleError):
             raise data
         if verify and self.meta["mode"] == "thorough" and zlib.crc32(data) != self.entries["crc32"][i]:
@@ -186,25 +186,23 @@ class Manifest:
 
         Looks places up for all images at once, as tens of thousands of small images are read a second.
         """
-        return list(self._read(ids))
-
-    def _read(self, ids: np.ndarray) -> Iterator[bytes | SampleError]:
         sizes, offsets = self._bytes_of[ids].tolist(), self._offset_of[ids].tolist()
+        found: list[bytes | SampleError] = []
         for i, path, offset, size in zip(ids.tolist(), self._paths(ids), offsets, sizes, strict=True):
             try:
                 try:
                     data = self._bytes(path, offset, size)
                 except (OSError, ShardFault, IndexError) as error:
                     data = self._retry(i, path, offset, size, error)
-            except SampleError as error:
-                yield error
-            else:
                 if len(data) != size:
-                    yield self._changed(i)
-                elif data.startswith(STARTS):
-                    yield data
-                else:
-                    yield SampleError(i, f"{self.name(i)}: {no_image(data).detail}")
+                    raise self._changed(i)
+                if not data.startswith(STARTS):
+                    raise SampleError(i, f"{self.name(i)}: {no_image(data).detail}")
+            except SampleError as error:
+                found.append(error)
+            else:
+                found.append(data)
+        return found
 
     def _retry(self, i: int, path: str, offset: int, size: int, error: Exception) -> bytes:
         """Read an image again after `error`, if another try makes sense. Raises SampleError."""

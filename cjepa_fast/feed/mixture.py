@@ -53,13 +53,12 @@ class Mixture:
                 crc = zlib.crc32(column.tobytes(), crc)
         return f"{crc:08x}"
 
-    def read(self, i: int, *, verify: bool = False) -> bytes:
+    def read(self, i: int) -> bytes:
         """Read image i as `Manifest.read` does; a SampleError carries the id in the mixture."""
-        manifest, at = self._locate(i)
-        try:
-            return manifest.read(at, verify=verify)
-        except SampleError as error:
-            raise SampleError(i, str(error)) from None
+        (data,) = self.read_many(np.array([i]))
+        if isinstance(data, SampleError):
+            raise data
+        return data
 
     def read_many(self, ids: np.ndarray) -> list[bytes | SampleError]:
         """Read images as `Manifest.read_many` does; errors carry the ids in the mixture."""

@@ -15,14 +15,7 @@ import numpy as np
 from cjepa_fast.feed.images import MAX_BYTES, BadImage, check_bytes, inspect, inspect_header
 from cjepa_fast.feed.listing import Listing
 from cjepa_fast.feed.manifest import ENTRY
-from cjepa_fast.feed.shards import (
-    ShardFault,
-    open_regular,
-    open_tar,
-    parquet_file,
-    row_group_images,
-    row_group_starts,
-)
+from cjepa_fast.feed.shards import ShardFault, open_regular, open_tar, row_group_bounds, row_group_images
 from cjepa_fast.feed.sources import Source
 
 Mode = Literal["quick", "thorough"]  # headers, or every byte
@@ -99,22 +92,20 @@ def inspect_rows(task: tuple[str, list[int], list[int]], *, mode: Mode, max_pixe
 
     def readers() -> Iterator[_Reader]:  # one row group in memory at a time
         try:
-            parquet = parquet_file(path)
+            bounds = row_group_bounds(path)
         except ShardFault as fault:
             yield from [partial(_fail, fault)] * len(rows)
             return
-        with parquet:
-            starts = [*row_group_starts(parquet), parquet.metadata.num_rows]
-            for group, (start, stop) in enumerate(itertools.pairwise(starts)):
-                low, high = max(rows[0], start), min(rows[-1] + 1, stop)
-                if low >= high:
-                    continue
-                try:
-                    column = row_group_images(parquet, group).slice(low - start, high - low)
-                except ShardFault as fault:
-                    yield from [partial(_fail, fault)] * (high - low)
-                else:
-                    yield from (partial(read, data.as_py()) for data in column)
+        for group, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            low, high = max(rows[0], start), min(rows[-1] + 1, stop)
+            if low >= high:
+                continue
+            try:
+                column = row_group_images(path, group).slice(low - start, high - low)
+            except ShardFault as fault:
+                yield from [partial(_fail, fault)] * (high - low)
+            else:
+                yield from (partial(read, data.as_py()) for data in column)
 
     return _inspect(readers(), len(rows), mode, max_pixels)
 

@@ -306,25 +306,23 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str,
         return None
 
 
-def row_group_starts(parquet: Any) -> list[int]:
-    """Return the first row of each row group of a `ParquetFile`."""
-    metadata = parquet.metadata
-    rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    return [0, *itertools.accumulate(rows)][:-1]
+def row_group_bounds(path: str) -> list[int]:
+    """Return the first row of each row group of a parquet file, and the number of rows. Raises ShardFault."""
+    with parquet_file(path) as parquet:
+        metadata = parquet.metadata
+        rows = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        return [0, *itertools.accumulate(rows)]
 
 
-def row_group_images(parquet: Any, group: int) -> Any:
-    """Return the encoded images of one row group, a pyarrow array of bytes.
-
-    Raises:
-        ShardFault: the row group cannot be read.
-    """
-    column = _image_column(parquet)
-    try:
-        images = parquet.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()
-        return images.field("bytes") if "." in column else images
-    except (OSError, ValueError) as error:
-        raise ShardFault(f"row group {group} is damaged ({_first_line(error)})") from None
+def row_group_images(path: str, group: int) -> Any:
+    """Return the encoded images of one row group, a pyarrow array of bytes. Raises ShardFault."""
+    with parquet_file(path) as parquet:
+        column = _image_column(parquet)
+        try:
+            images = parquet.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()
+            return images.field("bytes") if "." in column else images
+        except (OSError, ValueError) as error:
+            raise ShardFault(f"row group {group} is damaged ({_first_line(error)})") from None
 
 
 class ShardReader:
@@ -332,8 +330,8 @@ class ShardReader:
 
     def __init__(self) -> None:
         self._tar = lru_cache(maxsize=64)(_Tar)
-        self._starts = lru_cache(maxsize=None)(_starts_of)
-        self._group = lru_cache(maxsize=4)(_group_of)
+        self._bounds = lru_cache(maxsize=None)(row_group_bounds)
+        self._group = lru_cache(maxsize=4)(row_group_images)
         self._lock = threading.Lock()
 
     def member(self, path: str, offset: int, size: int) -> bytes:
@@ -344,13 +342,13 @@ class ShardReader:
     def row(self, path: str, row: int) -> bytes:
         """Read the image in a row of a parquet file. Raises ShardFault, or IndexError in a file that became shorter."""
         with self._lock:  # else several threads would read the same row group
-            starts = self._starts(path)
-            group = bisect.bisect_right(starts, row) - 1
-            return self._group(path, group)[row - starts[group]].as_py() or b""
+            bounds = self._bounds(path)
+            group = bisect.bisect_right(bounds, row) - 1
+            return self._group(path, group)[row - bounds[group]].as_py() or b""
 
     def close(self) -> None:
         """Close all tars and free all row groups; reading opens them again."""
-        for cache in (self._tar, self._starts, self._group):
+        for cache in (self._tar, self._bounds, self._group):
             cache.cache_clear()
 
 
@@ -363,13 +361,3 @@ class _Tar:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             os.close(self.fd)
-
-
-def _starts_of(path: str) -> list[int]:
-    with parquet_file(path) as parquet:
-        return row_group_starts(parquet)
-
-
-def _group_of(path: str, group: int) -> Any:
-    with parquet_file(path) as parquet:
-        return row_group_images(parquet, group)
