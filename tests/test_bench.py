@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench.readers import lay_out, synthetic_jpegs
 
 from bench import data, gpu, waits
-from bench.readers import lay_out, synthetic_jpegs
 from cjepa_fast.feed.manifest import Manifest
 
 ROOT = Path(__file__).parents[1]

@@ -19,9 +19,9 @@ from cjepa_fast.engine.optim import AdamW, parameter_groups
 from cjepa_fast.engine.step import forward_backward
 from cjepa_fast.errors import UserError
 from cjepa_fast.losses import block_vicreg, context_target_vicreg
+from cjepa_fast.methods.jepa import Jepa
 from cjepa_fast.networks.heads import GlobalBatchNorm
 from cjepa_fast.run import checkpoint
-from cjepa_fast.methods.jepa import Jepa
 from test_step import batch, networks, whole_targets
 
 

@@ -15,16 +15,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from cjepa_fast import distributed, ops
 from cjepa_fast.config import VitShape
 from cjepa_fast.engine.optim import AdamW, parameter_groups
-from cjepa_fast.engine.step import LossWeights, Networks, target_embeddings, train_step
+from cjepa_fast.engine.step import train_step
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import Masks, MultiBlockSampler
+from cjepa_fast.methods import jepa
+from cjepa_fast.methods.jepa import Jepa, Regularisation
 from cjepa_fast.networks import Encoder, Impl, Predictor
 from cjepa_fast.networks.heads import Projector
 from cjepa_fast.networks.precision import linear_layers
 from cjepa_fast.train import main
 
 SHAPE, SIZE, PATCH, BATCH = VitShape(64, 2, 2), 24, 4, 8
-WEIGHTS = LossWeights("smooth_l1", 2.5, 2.5, 0.1)
 SHAPES = [(64, 96, 32), (5, 64, 48), (1, 16, 16)]  # rows, K, N
 
 
@@ -108,17 +109,25 @@ def test_shapes_of_inputs() -> None:
     assert product(x[:0], weight, bias, "eager").shape == (0, 5, 16)
 
 
-def networks(float8: str | None, dtype: torch.dtype = torch.bfloat16) -> Networks:
+def networks(float8: str | None, dtype: torch.dtype = torch.bfloat16) -> Jepa:
     torch.manual_seed(0)
     encoder, target_encoder = (Encoder(SHAPE, SIZE, PATCH, dtype=dtype, impl=Impl("eager")) for _ in range(2))
     for parameter in encoder.parameters():  # as initialised, blocks add next to nothing
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.1)
     predictor = Predictor(VitShape(32, 2, 2), SHAPE.width, encoder.grid, impl=Impl("eager"))
-    net = Networks(encoder, predictor, target_encoder, Projector(SHAPE.width, (24, 24)))
+    net = Jepa(
+        encoder, predictor, target_encoder, Projector(SHAPE.width, (24, 24)),
+        Regularisation((2.5, 2.5, 0.1), "target_blocks"), prediction="smooth_l1", recoloured=False, kernels="auto",
+    )  # fmt: skip
     if float8 is not None:
         net.target_encoder.use_float8(float8)
     return net
+
+
+@torch.no_grad()
+def target_embeddings(encoder: Encoder, images: Tensor, masks: Masks | None = None) -> Tensor:
+    return jepa.target_embeddings(encoder, images, masks)
 
 
 def batch(parts: int = 1, union: bool = True) -> tuple[Tensor, list[Masks]]:
@@ -185,10 +194,10 @@ def test_weights_are_rounded_once_a_step_and_follow_the_average(monkeypatch: pyt
         return quantise(x)
 
     monkeypatch.setattr(ops, "quantise_rows", counted)
-    first = train_step(net, optimizer, WEIGHTS, images, masks, 0.5).targets
+    first = train_step(net, optimizer, images, masks, 0.5).embeddings
     assert [tensor.shape in weights for tensor in rounded] == [True] * 4 * SHAPE.depth
     expected = target_embeddings(net.target_encoder, images)  # rounds the weights of the moment in every pass
-    second = train_step(net, optimizer, WEIGHTS, images, masks, 0.5).targets
+    second = train_step(net, optimizer, images, masks, 0.5).embeddings
     assert first is not None and second is not None
     assert relative(second, expected) < 5e-3 and relative(first, expected) > 0.05
     assert all(parameter.grad is None for parameter in net.target_encoder.parameters())

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from cjepa_fast.config import OptimConfig
 from cjepa_fast.engine.optim import AdamW, parameter_groups
 from cjepa_fast.engine.schedules import Length, Schedules, schedules
-from cjepa_fast.engine.step import Networks
 from cjepa_fast.errors import UserError
+from cjepa_fast.methods.jepa import Jepa
 from cjepa_fast.ops import _choice
 from cjepa_fast.run import checkpoint
 from test_step import networks
@@ -121,7 +121,7 @@ def tensors(pair: Pair, optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def test_eager_is_torchs_optimizer_and_then_its_lerp_to_the_bit() -> None:
     ours, theirs = networks(), networks()
 
-    def averages(net: Networks) -> dict[Tensor, Tensor]:
+    def averages(net: Jepa) -> dict[Tensor, Tensor]:
         return dict(zip(net.encoder.parameters(), net.target_encoder.parameters(), strict=True))
 
     optimizer = AdamW(parameter_groups(ours), lr=1e-3, averages=averages(ours), impl="eager")

@@ -48,7 +48,7 @@ def forward_backward(method: Method, images: Tensor, parts: Parts) -> StepOutput
         parts: masks of each of the equal micro-batches, on the images' device.
     """
     inputs = images.chunk(len(parts), dim=-4)
-    targets = [method.targets(*part) for part in zip(inputs, parts, strict=True)]
+    targets = method.targets(inputs, parts)
     every = list(zip(inputs, parts, targets, strict=True))
     if len(every) == 1:
         outs, local, regular = _undivided(method, *every[0])

@@ -6,6 +6,7 @@ arXiv 2410.19560) adds VICReg's terms on mean embeddings, appendix C: L = L_JEPA
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,23 +71,10 @@ class Jepa(Method):
         return dict(zip(self.encoder.parameters(), self.target_encoder.parameters(), strict=True))
 
     @torch.no_grad()
-    def targets(self, images: Tensor, masks: Masks | None) -> Tensor:
-        """Return the target encoder's output [b, N, D], or [union_cap, D] where masks list unions of targets.
-
-        The latter holds the embeddings of each image's target patches alone, image after image, then padding.
-        """
-        assert masks is not None
-        images = images[1] if images.ndim == 5 else images
+    def targets(self, images: Sequence[Tensor], masks: Sequence[Masks | None]) -> list[Tensor | None]:
+        """Embed the targets of each micro-batch, see `target_embeddings`."""
         with self.target_encoder.quantised():
-            if masks.union is None:
-                return self.target_encoder(images)
-            starts = masks.union_offsets
-            assert starts is not None
-            patches = len(self.target_encoder.pos_embed[0])
-            image = torch.searchsorted(starts[1:], torch.arange(len(masks.union), device=starts.device), right=True)
-            tokens = torch.where(masks.union < 0, 0, image * patches + masks.union)  # padding repeats a token
-            longest = min(patches, masks.target[0].numel())
-            return self.target_encoder(images, wanted=Selection(index=tokens, layout=Layout(starts, longest)))
+            return [target_embeddings(self.target_encoder, *part) for part in zip(images, masks, strict=True)]
 
     def forward(self, images: Tensor, masks: Masks | None, targets: Tensor | None) -> Forward:
         assert masks is not None and targets is not None
@@ -121,6 +109,24 @@ class Jepa(Method):
             terms = context_target_vicreg(projected[:, 0], projected[:, 1].detach(), impl=self.kernels)
         sim, std, cov = (weight * term for weight, term in zip(self.regularisation.weights, terms, strict=True))
         return sim + std + cov, terms
+
+
+def target_embeddings(target_encoder: Encoder, images: Tensor, masks: Masks | None = None) -> Tensor:
+    """Return the target encoder's output [b, N, D], or [union_cap, D] where masks list unions of targets.
+
+    The latter holds the embeddings of each image's target patches alone, image after image, then padding. Of two views
+    [2, b, H, W, 3] the target encoder sees the second.
+    """
+    images = images[1] if images.ndim == 5 else images
+    if masks is None or masks.union is None:
+        return target_encoder(images)
+    starts = masks.union_offsets
+    assert starts is not None
+    patches = len(target_encoder.pos_embed[0])
+    image = torch.searchsorted(starts[1:], torch.arange(len(masks.union), device=starts.device), right=True)
+    tokens = torch.where(masks.union < 0, 0, image * patches + masks.union)  # padding repeats a token
+    longest = min(patches, masks.target[0].numel())
+    return target_encoder(images, wanted=Selection(index=tokens, layout=Layout(starts, longest)))
 
 
 def build(c: Config) -> Jepa:

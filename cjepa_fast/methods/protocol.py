@@ -9,6 +9,7 @@ Adding a method takes one file here, a line in `METHODS`, a preset, a truth in `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,10 +64,12 @@ class Method(nn.Module):
         """Return the EMA of each parameter that has one."""
         return {}
 
-    @torch.no_grad()
-    def targets(self, images: Tensor, masks: Masks | None) -> Tensor | None:
-        """Compute what needs no gradient, once per step, for `forward` and `local_loss`; none by default."""
-        return None
+    def targets(self, images: Sequence[Tensor], masks: Sequence[Masks | None]) -> list[Tensor | None]:
+        """Compute what needs no gradient, for each micro-batch, once per step; none by default.
+
+        `forward` and `local_loss` get the result of their micro-batch.
+        """
+        return [None] * len(images)
 
     def forward(self, images: Tensor, masks: Masks | None, targets: Tensor | None) -> Forward:
         """Run the networks.
