@@ -133,6 +133,7 @@ def test_every_rung_is_a_trainer_and_differs_from_the_one_before(device: str) ->
         ("ours:speed=on", "there is no runtime.speed"),
         ("ours:kernels=fast", "runtime.kernels: 'fast' is not one of auto, triton, eager"),
         ("ours:accumulate=0", "runtime.accumulate: "),
+        ("ours:cuda_graph=on", "runtime.cuda_graph: "),
         ("ijepa", "pass --ijepa-checkout"),
     ],
 )
@@ -293,6 +294,18 @@ def test_the_readme_shows_what_the_results_say(tmp_path: Path) -> None:
     text = bench_table.table(tmp_path)
     assert "| L, packed | 1,234 | 3.21 | 1.20 | 58% |" in text
     assert "| x | 50 (1.25x) | 60 (1.50x) | a: 40 |" in text and "Not yet" not in text
+
+
+def test_figures_are_drawn_again_from_the_records(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = ("step-cpu", "scale-model")
+    for name in names:
+        (tmp_path / f"{name}.json").write_bytes((ROOT / f"bench/results/{name}.json").read_bytes())
+    bench_table.draw(tmp_path)
+    once = [(tmp_path / f"{name}.svg").read_text() for name in names]
+    assert "ViT-S, fixed masks" in once[0] and "GPUs" in once[1] and not any("dc:date" in text for text in once)
+    bench_table.draw(tmp_path)
+    assert once == [(tmp_path / f"{name}.svg").read_text() for name in names]
 
 
 def test_a_table_fills_up_short_rows_and_keeps_its_columns() -> None:

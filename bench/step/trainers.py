@@ -166,7 +166,10 @@ def build(spec: Spec, c: Config, device: torch.device, *, as_train: bool = False
     with contextlib.nullcontext() if as_train else device:
         networks = build_networks(c).to(device)
     if spec.name == "ours":
-        return Ours(Training(c, device, networks))
+        try:
+            return Ours(Training(c, device, networks))
+        except UserError as error:
+            raise CannotRun(f"ours: {error}") from error
     state = networks.state_dict()
     del networks
     make = {"tuned": _tuned, "ijepa": _checkout, "eager": _eager}[spec.name]
