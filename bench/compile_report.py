@@ -1,4 +1,4 @@
-"""Compiles every shipped kernel ahead of time, without a GPU, and prints what the compiler says of it.
+"""Compiles every shipped kernel ahead of time, without a GPU, and prints the compiler's figures.
 
     python -m bench.compile_report [--arch 80 90 100] [--only NAME] [--jobs N] [--json FILE]
 
@@ -41,7 +41,7 @@ CUDA_SOURCES = sorted(Path(__file__).parents[1].glob("csrc/**/*.cu"))
 
 
 class Usage(NamedTuple):
-    """What one tile takes on one architecture."""
+    """Resources of one tile on one architecture."""
 
     registers: int  # per thread
     shared: int  # bytes per block
@@ -52,7 +52,7 @@ class Usage(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """`entry` is a dict of `AOT`, or the path of a CUDA source."""
+    """A tile to compile; `entry` is a dict of `AOT`, or the path of a CUDA source."""
 
     module: str
     name: str
@@ -61,7 +61,7 @@ class Tile(NamedTuple):
 
 
 def compile_tile(tile: dict[str, Any], arch: int) -> Usage:
-    """Compiles one entry of `AOT` for compute capability `arch` (90 for Hopper); raises whatever Triton raises."""
+    """Compile one entry of `AOT` for compute capability `arch` (90 for Hopper). Raises Triton's errors."""
     kernel, constants = tile["kernel"], dict(tile["constants"])
     options = {name: constants.pop(name) for name in list(constants) if name not in kernel.arg_names}
     given = {**tile["signature"], **dict.fromkeys(constants, "constexpr")}
@@ -71,7 +71,7 @@ def compile_tile(tile: dict[str, Any], arch: int) -> Usage:
                  for name, kind in given.items() if kind.endswith(":16")}  # fmt: skip
     source = ASTSource(kernel, signature, constexprs=constants, attrs=multiples)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    # Triton reads registers and spills from the driver, which is not there; ptxas prints them
+    # Triton reads registers and spills from the driver, which may be missing; ptxas prints them
     ptx = compiled.asm["ptx"]
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
     assert target is not None
@@ -96,7 +96,7 @@ def compile_tile(tile: dict[str, Any], arch: int) -> Usage:
 
 
 def matrix_instruction(ptx: str) -> str:
-    """Tensor-core instruction and operand types of a PTX text, such as "wgmma bf16"; "none" if there is none."""
+    """Return tensor-core instruction and operand types of a PTX text, such as "wgmma bf16"; "none" if there is none."""
     found = set()
     for name, pattern in INSTRUCTIONS.items():
         for instruction in re.findall(pattern, ptx):
@@ -106,7 +106,7 @@ def matrix_instruction(ptx: str) -> str:
 
 
 def compile_cuda(path: Path, arch: int) -> list[tuple[str, Usage]]:
-    """Names and usage of the kernels of a CUDA source; raises RuntimeError with nvcc's first line."""
+    """Return names and usage of the kernels of a CUDA source. Raises RuntimeError with nvcc's first line."""
     with tempfile.TemporaryDirectory() as folder:
         target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
         command = ["nvcc", *FLAGS, '-DCJEPA_SOURCE_HASH="none"', target, "-Xptxas=-v", "-cubin", str(path)]
@@ -125,7 +125,7 @@ def compile_cuda(path: Path, arch: int) -> list[tuple[str, Usage]]:
 
 
 def function_name(symbol: str) -> str:
-    """The function's own name in a symbol of C++, such as "sample" of _ZN5cjepa6sampleEPi."""
+    """Return the function's name in a C++ symbol, such as "sample" of _ZN5cjepa6sampleEPi."""
     names, rest = [], re.sub("^_ZN?", "", symbol)
     while length := re.match(r"\d+", rest):
         end = length.end() + int(length[0])
@@ -135,7 +135,7 @@ def function_name(symbol: str) -> str:
 
 
 def failure(usage: Usage, arch: int) -> str | None:
-    """Why a compiled tile must not be shipped; None if it may."""
+    """Return the reason why a compiled tile must not be shipped; None if it may."""
     reasons = []
     if usage.spills:
         reasons.append("spills")
@@ -147,20 +147,20 @@ def failure(usage: Usage, arch: int) -> str | None:
 
 
 def report(tile: Tile) -> list[dict[str, Any]]:
-    """One row per compiled kernel: a tile of Triton is one, a CUDA source may hold several."""
+    """Return a row for each kernel: a tile of Triton is one, a CUDA source may hold several."""
     row = {"sm": tile.arch, "kernel": tile.module, "tile": tile.name}
     try:
         if isinstance(tile.entry, Path):
             found = compile_cuda(tile.entry, tile.arch)
         else:
             found = [(tile.name, compile_tile(tile.entry, tile.arch))]
-    except Exception as error:  # the report is the point: name the tile and go on with the rest
+    except Exception as error:  # name the tile and go on with the rest
         return [{**row, "failure": " ".join(f"{type(error).__name__}: {error}".split())}]
     return [{**row, "tile": name, **usage._asdict(), "failure": failure(usage, tile.arch)} for name, usage in found]
 
 
 def report_all(tiles: Sequence[Tile], jobs: int) -> Iterator[list[dict[str, Any]]]:
-    """report(tile) for every tile, in order."""
+    """Yield report(tile) for every tile, in order."""
     if jobs == 1:
         yield from map(report, tiles)
         return
@@ -177,6 +177,7 @@ def _report_inherited(index: int) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]], arch: int) -> str:
+    """Return the extremes of a kernel's tiles on one architecture in a line."""
     compiled = [row for row in rows if row["sm"] == arch and "registers" in row]
     failed = sum(row["sm"] == arch and row["failure"] is not None for row in rows)
     if not compiled:

@@ -17,6 +17,7 @@ Runs from a plain checkout. Exit code 1 if a section failed or was not finished,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -99,9 +100,11 @@ def run_section(command: list[str], limit: float, log: Path) -> tuple[str, int |
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the group holds its workers, too
-            process.wait()
             return "out of time", None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers, too, also after Ctrl-C
+            process.wait()
     return ("ok" if code == 0 else "failed"), code
 
 

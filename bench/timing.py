@@ -1,14 +1,12 @@
 """Timing of functions that do the same work, side by side.
 
-How it is done, and against which mistake:
-    interleaved     the functions take turns in rounds, so that a clock that settles or a busy neighbour hits all alike
-    cold inputs     on a GPU the calls rotate over clones of the inputs that exceed its L2 cache together, so that
-                    every call reads from memory, as in training
-    no host time    on a GPU many calls are captured in one CUDA graph and its replays are timed by events. What cannot
-                    be captured is queued behind a kernel that sleeps, so that the GPU does not wait for the host; if
-                    it did all the same, the result says `starved`
-    warm            every function runs for a while before anything is measured
-On a CPU a batch of calls is timed by the host's clock; the caches are as the calls leave them.
+    interleaved     the functions take turns in rounds: a settling clock or a busy neighbour slows all alike
+    cold inputs     on a GPU the calls rotate over clones of the inputs that together exceed its L2 cache: every call
+                    reads from memory, as in training
+    no host time    on a GPU events time the replays of a CUDA graph of many calls. A function that cannot be captured
+                    is queued behind a sleeping kernel; the result says `starved` if the GPU still waited for the host
+    warm            every function runs for a while before the measurement
+On a CPU the host's clock times a batch of calls; the caches are as the calls leave them.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from torch import Tensor
 Inputs = tuple[Any, ...]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-_INTERVAL_MS = {"cuda": 1.0, "cpu": 5.0}  # least length of a measured interval: far above the clocks' resolution
+_INTERVAL_MS = {"cuda": 1.0, "cpu": 5.0}  # least measured interval, far above the resolution of the clocks
 _WARM_S = {"cuda": 0.05, "cpu": 0.02}
 _MOST_CALLS, _MOST_ROUNDS, _LEAST_ROUNDS = 200, 300, 5
 
@@ -41,11 +39,11 @@ class Timing(NamedTuple):
     calls: int
     method: str  # "graph", "queue" or "host"
     starved: bool  # the GPU waited for the host in some interval
-    host_us: float | None  # what an ordinary call costs the host; None on a CPU, where it is the call itself
+    host_us: float | None  # the host's time for an ordinary call; None on a CPU
 
 
 class Ceilings(NamedTuple):
-    """What this device reached: a large copy (bytes read plus bytes written) and the best of some matrix products."""
+    """Rates of this device: a large copy (bytes read plus bytes written) and the best of some matrix products."""
 
     copy_gb_s: float
     matmul_tflop_s: float
@@ -73,13 +71,13 @@ class Captured:
 
 
 class Queued:
-    """Calls of one function, launched while the GPU is kept asleep."""
+    """Calls of one function, launched while the GPU sleeps."""
 
     method = "queue"
 
     def __init__(self, call: Callable[..., Any], sets: Sequence[Inputs], calls: int, host_s: float) -> None:
         self.call, self.sets, self.calls, self.starved = call, sets, calls, False
-        self.cycles = int(1.5 * host_s * calls * 2e9)  # at 2 GHz, which a GPU hardly exceeds
+        self.cycles = int(1.5 * host_s * calls * 2e9)  # at 2 GHz, more than most GPUs run at
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def interval_ms(self) -> float:
@@ -112,12 +110,12 @@ def measure(
     functions: dict[str, Callable[..., Any]], sets: Sequence[Inputs], device: str, seconds: float,
     methods: Mapping[str, str] | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
-    """Times each function of one input set, about `seconds` each, taking turns.
+    """Time each function on one input set, about `seconds` each, taking turns.
 
     Args:
         sets: equal inputs to rotate over, see `cold_sets`.
         device: "cuda" or "cpu".
-        methods: how to time functions on a GPU: "graph" (the default; "queue" if capture fails), "queue" or "host".
+        methods: on a GPU, "graph" (the default; "queue" if capture fails), "queue" or "host" for each function.
     """
     prepared = {
         name: _prepare(call, sets, (methods or {}).get(name, "graph") if device == "cuda" else "host")
@@ -128,7 +126,7 @@ def measure(
     while rounds < _LEAST_ROUNDS or (
         rounds < _MOST_ROUNDS and time.perf_counter() - start < seconds * len(names)
     ):  # fmt: skip
-        for index in range(len(names)):  # the order turns, as what ran before leaves its heat and its cache
+        for index in range(len(names)):  # the order turns: the function before leaves its heat and its cache
             name = names[(index + rounds) % len(names)]
             samples[name].append(prepared[name][0].interval_ms())
         rounds += 1
@@ -144,7 +142,7 @@ def measure(
 def _prepare(
     call: Callable[..., Any], sets: Sequence[Inputs], method: str
 ) -> tuple[Captured | Queued | OnHost, float | None]:  # fmt: skip
-    """Warms the function up and decides how many calls make an interval; also the host's microseconds a call."""
+    """Warm a function up and choose the calls of an interval; also return the host's microseconds a call."""
     device = "cpu" if method == "host" else "cuda"
     once = _warm_up(call, sets, device)
     if device == "cpu":
@@ -161,7 +159,7 @@ def _prepare(
     if method == "graph":
         try:
             runner = Captured(call, sets, calls)
-        except RuntimeError:  # a host synchronisation or an allocation that capture forbids: `method` tells
+        except RuntimeError:  # capture forbids a host synchronisation or an allocation; `method` tells
             torch.cuda.synchronize()
     runner = runner or Queued(call, sets, min(calls, 50), host_s)
     runner.interval_ms()
@@ -173,7 +171,7 @@ def _calls(seconds: float, device: str) -> int:
 
 
 def _warm_up(call: Callable[..., Any], sets: Sequence[Inputs], device: str) -> float:
-    """Seconds a call, after at least three calls and some time, off the default stream as capture wants it."""
+    """Return seconds a call after at least three calls, off the default stream, as capture requires."""
 
     def run() -> float:
         start = last = time.perf_counter()
@@ -197,21 +195,21 @@ def _warm_up(call: Callable[..., Any], sets: Sequence[Inputs], device: str) -> f
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors of a tensor, or of nested tuples and lists; anything else is left out."""
+    """List the tensors of a tensor, or of nested tuples and lists; other values are left out."""
     if isinstance(value, Tensor):
         return [value]
     return [tensor for part in value for tensor in tensors(part)] if isinstance(value, (tuple, list)) else []
 
 
 def clone(value: Any) -> Any:
-    """A copy with memory of its own; leaves stay leaves that require gradients."""
+    """Copy a value into own memory; leaves stay leaves that require gradients."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
     return type(value)(clone(part) for part in value) if isinstance(value, (tuple, list)) else value
 
 
 def cold_sets(inputs: Inputs, device: str) -> list[Inputs]:
-    """`inputs` and clones of them until they exceed twice the GPU's L2 cache together; on a CPU the inputs alone."""
+    """Return `inputs` and clones that together exceed twice the GPU's L2 cache; on a CPU the inputs alone."""
     size = sum(tensor.nbytes for tensor in tensors(inputs))
     if device == "cpu" or size == 0:
         return [inputs]
@@ -220,7 +218,7 @@ def cold_sets(inputs: Inputs, device: str) -> list[Inputs]:
 
 
 def extra_memory(call: Callable[..., Any], inputs: Inputs) -> int:
-    """Peak bytes that one call takes on the GPU beyond its inputs, its result included."""
+    """Return the peak bytes of one call on the GPU beyond its inputs, result included."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -232,7 +230,7 @@ def extra_memory(call: Callable[..., Any], inputs: Inputs) -> int:
 
 
 def ceilings(device: str, dtype: torch.dtype, quick: bool) -> Ceilings:
-    """Measures the device's own ceilings, on random data: zeros multiply faster."""
+    """Measure the ceilings of the device, on random data: zeros multiply faster."""
     elements = 2**30 if device == "cuda" and not quick else 2**24
     source, target = (torch.empty(elements, dtype=torch.uint8, device=device).random_() for _ in range(2))
     copy = measure({"copy": target.copy_}, [(source,)], device, 0.3)["copy"].median_ms

@@ -1,12 +1,10 @@
-"""The benchmarks' promises, tried on a small checkout of made-up operations and kernels.
-
-Everything runs on the CPU, also where there is a GPU.
-"""
+"""The benchmarks' promises, tried on a small checkout of made-up operations and kernels, on the CPU."""
 
 from __future__ import annotations
 
+import graphlib
 import json
-import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,17 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.readers import lay_out, synthetic_jpegs
 
-from bench import data, gpu, waits
+import processes
+from bench import curves, gpu, plots
+from bench.feed import command as data
+from bench.feed import index, report, waits
+from bench.feed.images import lay_out, synthetic_jpegs
+from cjepa_fast.errors import UserError
 from cjepa_fast.feed.manifest import Manifest
+from test_imports import imports, within
 
 ROOT = Path(__file__).parents[1]
 
 # two rivals of 4 and 8 ms, ours of 2 ms; a million bytes and a hundred million FLOP a call
 NAPS = """
 import time
-from bench.cases import Case, Variant
+from bench.ops.cases import Case, Variant
 
 def nap(milliseconds, factor=2.0):
     def call(x):
@@ -102,26 +105,28 @@ BAD = [
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A checkout of the real bench/ and cjepa_fast/ whose operations, kernels and tests are made up."""
-    for folder in ("bench/cases", "cjepa_fast", "kernels", "tests"):
+    for folder in ("bench/ops/cases", "bench/feed", "cjepa_fast", "kernels", "tests"):
         (tmp_path / folder).mkdir(parents=True)
-    for path in [*(ROOT / "bench").glob("*.py"), ROOT / "bench/cases/__init__.py", *(ROOT / "cjepa_fast").glob("*.py")]:
+    rooms = ("bench", "bench/ops", "bench/feed", "cjepa_fast")
+    files = [path for room in rooms for path in (ROOT / room).glob("*.py")]
+    for path in [ROOT / "bench/ops/cases/__init__.py", *files]:
         (tmp_path / path.relative_to(ROOT)).symlink_to(path)
-    (tmp_path / "cjepa_fast/ops").symlink_to(ROOT / "cjepa_fast/ops")
+    (tmp_path / "bench/step").symlink_to(ROOT / "bench/step")
+    for room in (path.parent for path in (ROOT / "cjepa_fast").glob("*/__init__.py")):
+        (tmp_path / "cjepa_fast" / room.name).symlink_to(room)
     (tmp_path / "cjepa_fast/kernels").symlink_to("../kernels")
     (tmp_path / "kernels/bad.py").write_text(KERNELS + "AOT = BAD\n")
     (tmp_path / "kernels/good.py").write_text(KERNELS + "AOT = [GOOD]\n")
     for name, ours, passes in (("fused", 2.0, True), ("red", 2.0, False), ("wrong", 2.2, True)):
-        (tmp_path / f"bench/cases/{name}.py").write_text(NAPS.replace("OURS", str(ours)))
+        (tmp_path / f"bench/ops/cases/{name}.py").write_text(NAPS.replace("OURS", str(ours)))
         (tmp_path / f"tests/test_{name}.py").write_text(f"def test_it():\n    assert {passes}\n")
     return tmp_path
 
 
 def run(checkout: Path, module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=checkout, env={**environment, **variables}, capture_output=True, text=True,
-    )  # fmt: skip
+    # PYTHONPATH may name the real checkout, whose operations and kernels would be found first
+    environment = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    return processes.run([sys.executable, "-m", module, *arguments], cwd=checkout, **{**environment, **variables})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -168,7 +173,7 @@ def test_a_row_says_what_was_measured_and_how(checkout: Path) -> None:
 
 @pytest.mark.parametrize("name", ["red", "untested"])
 def test_a_red_or_untested_operation_is_not_timed(checkout: Path, name: str) -> None:
-    (checkout / "bench/cases/untested.py").write_text(NAPS.replace("OURS", "2.0"))
+    (checkout / "bench/ops/cases/untested.py").write_text(NAPS.replace("OURS", "2.0"))
     done = run(checkout, "bench.run", name, "--quick", "--json", str(checkout / "rows.jsonl"))
     assert done.returncode == 1 and f"{name}: its tests have not passed, so it is not timed" in done.stderr
     assert not (checkout / "rows.jsonl").exists()
@@ -219,7 +224,7 @@ def test_gpu_run_without_a_gpu_is_refused_in_one_line(checkout: Path) -> None:
 
 def test_gpu_run_goes_on_after_failures_and_records_them(checkout: Path) -> None:
     """A rehearsal: one operation hangs after its first rows, and the next is red."""
-    (checkout / "bench/cases/hangs.py").write_text(
+    (checkout / "bench/ops/cases/hangs.py").write_text(
         NAPS.replace("OURS", "2.0").replace("None, torch", "time.sleep(600), torch")
     )
     (checkout / "tests/test_hangs.py").write_text("def test_it():\n    pass\n")
@@ -243,7 +248,7 @@ def test_gpu_run_goes_on_after_failures_and_records_them(checkout: Path) -> None
 
 
 def test_attention_is_ranked_by_time_forward_and_backward() -> None:
-    """As entries for the table of measurements: plain sequences on a GPU, by bucket, of back-ends that ops offers."""
+    """Entries for the table of measurements: plain sequences on a GPU, by bucket, of the backends that ops offers."""
 
     def row(case: str, variant: str, milliseconds: float, **other: Any) -> dict[str, Any]:
         return {"op": "attention", "gpu": "H", "direction": "fwd+bwd", "case": case, "variant": variant,
@@ -251,10 +256,10 @@ def test_attention_is_ranked_by_time_forward_and_backward() -> None:
 
     point = "predictor B n=84 d=32 h=12 B=512"
     rows = [
-        row(point, "sdpa", 0.3), row(point, "triton", 0.1), row(point, "xformers", 0.2), row(point, "varlen", 0.15),
+        row(point, "sdpa", 0.3), row(point, "triton", 0.1), row(point, "xformers", 0.2),
         row(point, "torch.compile", 0.05), row(point, "eager", 0.01, direction="fwd"),
         row("packed " + point, "eager", 0.01), row(point, "eager", 0.01, gpu=None),
-        row("target H n=256 d=80 h=16 B=128", "sdpa", 1.0), row("target H n=256 d=80 h=16 B=128", "sdpa_cudnn", 0.5),
+        row("target H n=256 d=80 h=16 B=128", "sdpa", 1.0),
     ]  # fmt: skip
     assert gpu.attention_table(rows) == [
         '"H": {',
@@ -268,7 +273,7 @@ def test_attention_is_ranked_by_time_forward_and_backward() -> None:
 READERS = """
 def fake(change, nap, images, threads):
     import itertools, time
-    dataset = Pillow(images)
+    dataset = datasets.Pillow(images)
     ids = torch.arange(8 * images.batch_size).view(8, -1) % len(dataset)
     batches = [torch.stack([dataset[int(i)] for i in row]) for row in ids]
     for batch in itertools.cycle(batches):
@@ -313,7 +318,8 @@ CHANGES = {
 def readers(device, threads):
     def reader(name, change, nap=0.0, **more):
         return Reader(name=name, open=functools.partial(fake, change, nap), delivers=FLOAT, **more)
-    pixels = lambda batch: ((batch.permute(0, 2, 3, 1) * torch.from_numpy(STD) + torch.from_numpy(MEAN)) * 255).byte()
+    mean, std = torch.from_numpy(datasets.MEAN), torch.from_numpy(datasets.STD)
+    pixels = lambda batch: ((batch.permute(0, 2, 3, 1) * std + mean) * 255).byte()
     return [
         reader("ours", pixels, 0.02, role="ours"), reader("rival", lambda batch: batch, 0.04),
         Reader(name="spins", open=spins), reader("absent", None, needs=("nowhere.at_all",)),
@@ -324,10 +330,10 @@ def readers(device, threads):
 
 @pytest.fixture
 def with_readers(checkout: Path) -> Path:
-    said = '"""The answer, or a string that says what went wrong."""'
+    said = '"""Return the answer, or a string that says what went wrong."""'
     impatient = f'{said}\n        patience = 2.0 if self._arguments[2] == "hangs" else patience'
-    for name, before, after in (("readers", "", READERS), ("data", said, impatient)):
-        path = checkout / f"bench/{name}.py"
+    for name, before, after in (("readers", "", READERS), ("serve", said, impatient)):
+        path = checkout / f"bench/feed/{name}.py"
         text = path.read_text()
         assert before in text
         path.unlink()
@@ -373,27 +379,27 @@ def test_the_feed_and_its_rivals_are_timed_after_a_look_at_their_images(with_rea
 
 def test_the_index_is_timed_on_sound_images(tmp_path: Path) -> None:
     images = lay_out(synthetic_jpegs(48, 64, 8), tmp_path, name="made up", size=32, batch_size=4, shards=1)
-    row = data.index_rates(images, entries=5000)
+    row = index.index_rates(images, entries=5000)
     assert row["indexed_images"] == 8 and row["entries"] == 5000 and row["indexed_per_cpu_s"] > 100
     assert row["file_mib"] == pytest.approx((images.folder / "manifest").stat().st_size / 2**20)
     assert 0 < row["load_s"] < 1 and 0 < row["load_mib"] < 50
-    line = data._index_line({**row, "status": "ok", "images": "made up"})
+    line = report.index_line({**row, "status": "ok", "images": "made up"})
     assert "of made up images a second and core (thorough); a manifest of 5,000 entries" in line
     (images.files / "all" / "000003.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match="1 sound images were left out"):
-        data.index_rates(images, entries=10)
+        index.index_rates(images, entries=10)
 
 
 def test_a_million_entries(tmp_path: Path) -> None:
     """Less than 100 MB on disk and 200 in memory, and at hand in under a second of one core."""
     n = 10**6
-    large = data.made_up_manifest(n)
+    large = index.made_up_manifest(n)
     large.save(tmp_path / "m")
     assert (tmp_path / "m").stat().st_size < 100e6
     again = Manifest.load(tmp_path / "m")
     assert again.path(n - 1) == f"/r/n{(n - 1) % 1000:08d}/n01440764_{n - 1}.JPEG"
     assert again.sizes.shape == (n, 2) and again.labels is not None
-    seconds, mib = data.opening(tmp_path / "m")
+    seconds, mib = index.opening(tmp_path / "m")
     assert seconds < 1 and mib < 200
 
 
@@ -418,3 +424,85 @@ def test_bad_input_of_the_feeds_benchmark_is_one_line(
         monkeypatch.setenv(name, "")  # so that what the command sets does not outlast the test
     assert data.main(["--cifar", "/nowhere", "--only", "cifar"]) == 2
     assert capsys.readouterr().err == "error: /nowhere: no such file or folder; give the folder that holds the images\n"
+
+
+def bench_imports(path: Path, **options: Any) -> set[str]:
+    return set(imports(path, ".".join(path.relative_to(ROOT).parent.parts), **options))
+
+
+def test_only_one_file_knows_how_the_main_job_is_built() -> None:
+    """No benchmark holds a copy of the training step: `bench.training` builds and takes the step for all."""
+    for path in set((ROOT / "bench").rglob("*.py")) - {ROOT / "bench/training.py"}:
+        names = {n for n in bench_imports(path) if within(n, ("cjepa_fast.train", "cjepa_fast.engine"))}
+        if path.name == "adamw_ema.py":  # times the optimizer itself
+            names = {n for n in names if not within(n, ("cjepa_fast.engine.optim",))}
+        assert names == set(), path
+
+
+def test_files_of_the_benchmarks_form_no_circle() -> None:
+    names = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in (ROOT / "bench").rglob("*.py")}
+    graph = {name: {n for n in bench_imports(path) if n in names and n != name} for name, path in names.items()}
+    assert len(graph) > 30
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+def test_what_a_command_started_ends_with_the_test(tmp_path: Path) -> None:
+    """A timeout interrupts the test; the command's worker must not outlive it."""
+    code = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(worker.pid, file=open("worker", "w"), flush=True)
+time.sleep(600)
+"""
+
+    def interrupt(*_: Any) -> None:
+        if not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
+            signal.setitimer(signal.ITIMER_REAL, 0.2)  # the command is still starting
+            return
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.2)  # the time left of this test's own timeout
+    try:
+        with pytest.raises(TimeoutError):
+            processes.run([sys.executable, "-c", code], cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+    worker = int((tmp_path / "worker").read_text())
+    for _ in range(100):  # an orphan is reaped by init some time later; until then it is a zombie
+        if not Path(f"/proc/{worker}/stat").exists() or " Z " in Path(f"/proc/{worker}/stat").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail(f"process {worker} outlived its command")
+
+
+def test_curves_of_runs(tmp_path: Path) -> None:
+    """A line for each run in each panel; the probe starts at the untrained encoder."""
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        line = {"loss_prediction": 0.5, "feature_std": 0.3, "rankme": 3.0, "cosine_gap": 0.1, "knn_top1": None}
+        lines = [{**line, "step": 20}, {**line, "step": 40, "knn_top1": 0.6}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "run_state.json").write_text(json.dumps({"untrained": 0.2}))
+    drawing = curves.figure({"first": tmp_path / "a", "second": tmp_path / "b"})
+    assert [axis.get_title() for axis in drawing.axes] == list(curves.PANELS.values())
+    for axis in drawing.axes:
+        assert [line.get_label() for line in axis.lines] == ["first", "second"] and axis.get_xlabel() == "step"
+    drawn = dict(zip(curves.PANELS, drawing.axes, strict=True))
+    assert drawn["knn_top1"].lines[1].get_xydata().tolist() == [[0, 0.2], [40, 0.6]]
+    assert drawn["rankme"].lines[0].get_xydata().tolist() == [[20, 3.0], [40, 3.0]]
+    out = tmp_path / "curves.svg"
+    arguments = [f"first={tmp_path / 'a'}", f"second={tmp_path / 'b'}", "--out", str(out)]
+    assert curves.main(arguments) == 0
+    once = out.read_bytes()
+    assert curves.main(arguments) == 0 and out.read_bytes() == once, "a drawing repeats byte for byte"
+    assert curves.main([f"gone={tmp_path / 'c'}", "--out", str(out)]) == 2
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"pip install 'cjepa-fast\[plots\]'"):
+        plots.new(1, 1)

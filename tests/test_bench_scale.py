@@ -1,21 +1,27 @@
-"""The models of scale and growth: their arithmetic, what they call a bottleneck, and the real step's collectives."""
+"""The models of scale and growth: their arithmetic, the names of bottlenecks, and the real step's collectives."""
 
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import growth, scale, scale_check
+from bench import growth
+from bench.flop import gflop_per_image
+from bench.scale import check, command
+from bench.scale.machine import Machine, collective_ms
+from bench.scale.operations import Network, Operation, Step
+from bench.scale.timeline import lay_out
+from bench.step.trainers import configure
+from bench.training import Plan, build_networks, build_sampler
 from cjepa_fast import ops
-from cjepa_fast.config import World
+from cjepa_fast.config import World, replace
 from cjepa_fast.kernels import variance_covariance as kernel
 
-PLAIN = scale.Machine(base_us=0, intra_us=0, inter_us=0, intra_gb_s=400, inter_gb_s=50)
+PLAIN = Machine(base_us=0, intra_us=0, inter_us=0, intra_gb_s=400, inter_gb_s=50)
 LATE = PLAIN._replace(base_us=10, intra_us=1, inter_us=5)
 MB = 10**6
 
@@ -36,21 +42,21 @@ MB = 10**6
     ],
 )  # fmt: skip
 def test_collectives_alone(
-    machine: scale.Machine, kind: str, bytes: int, size: int, stride: int, milliseconds: float
+    machine: Machine, kind: str, bytes: int, size: int, stride: int, milliseconds: float
 ) -> None:
-    assert scale.collective_ms(kind, bytes, size, stride, machine) == pytest.approx(milliseconds, rel=1e-9)
+    assert collective_ms(kind, bytes, size, stride, machine) == pytest.approx(milliseconds, rel=1e-9)
 
 
-def work(phase: str, milliseconds: float) -> scale.Operation:
-    return scale.Operation("work", phase, milliseconds)
+def work(phase: str, milliseconds: float) -> Operation:
+    return Operation("work", phase, milliseconds)
 
 
-def moved(kind: str, phase: str, milliseconds: float, *, far: bool = False, starts: bool = False) -> scale.Operation:
+def moved(kind: str, phase: str, milliseconds: float, *, far: bool = False, starts: bool = False) -> Operation:
     """A collective among the 8 ranks of a node, or of 2 nodes, that takes so long on the plain machine."""
     rounds = 2 if kind == "all-reduce" else 1
     if far:
-        return scale.Operation(kind, phase, 0, round(milliseconds * 100 * MB / rounds), 2, 8, starts)
-    return scale.Operation(kind, phase, 0, round(milliseconds * 3200 / 7 * MB / rounds), 8, 1, starts)
+        return Operation(kind, phase, 0, round(milliseconds * 100 * MB / rounds), 2, 8, starts)
+    return Operation(kind, phase, 0, round(milliseconds * 3200 / 7 * MB / rounds), 8, 1, starts)
 
 
 def test_what_hides_behind_what() -> None:
@@ -73,7 +79,7 @@ def test_what_hides_behind_what() -> None:
         moved("reduce-scatter", reduction, 1),
         work("optimizer", 1),
     ]
-    found = scale.lay_out(iter(step), PLAIN)
+    found = lay_out(iter(step), PLAIN)
     # backward starts at 23, its parts end at 28, 33 and, by the wait, 39; reduced within the node at 34, 37 and 40,
     # between nodes at 42 and, one after the other, 50
     expected = {
@@ -84,54 +90,56 @@ def test_what_hides_behind_what() -> None:
 
 
 def test_one_gpu_computes_alone() -> None:
-    row = scale.rows(["tiny"], [1], 64, scale.Machine(), {})[0]
+    row = command.rows(["tiny"], [1], 64, Machine(), {})[0]
     assert row["collectives"] == 0 and row["efficiency"] == 1 and row["bottleneck"] == "compute"
-    c = scale.config.replace(scale.trainers.configure("tiny", "fixed", "bf16"), {"optim.batch_size": 64})
-    context, target = scale.train.build_sampler(c).expected_tokens()
-    count = scale.cost.parameters(c)
-    compute = scale.cost.gflop_per_image(c, context_tokens=context, target_tokens=target).total * 64 / (989 * 0.4)
-    optimizer = (28 * count.trained + 8 * count.encoder) / 4.8e9
+    c = replace(configure("tiny", "fixed", "bf16"), {"optim.batch_size": 64})
+    context, target = build_sampler(c).expected_tokens()
+    networks = build_networks(c)
+    trained, encoder = (
+        sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (networks, networks.encoder)
+    )
+    compute = gflop_per_image(c, context_tokens=context, target_tokens=target).total * 64 / (989 * 0.4)
+    optimizer = (28 * trained + 8 * encoder) / 4.8e9
     assert row["step_ms"] == pytest.approx(compute + optimizer, rel=1e-9)
-    twice = scale.rows(["tiny"], [1], 64, scale.Machine(fraction=0.2), {"runtime.accumulate": 2})[0]["phases_ms"]
+    twice = command.rows(["tiny"], [1], 64, Machine(fraction=0.2), {"runtime.accumulate": 2})[0]["phases_ms"]
     once = row["phases_ms"]
     # half the rate; the student's first pass comes twice
     assert twice["target"] == pytest.approx(2 * once["target"]) and twice["forward"] > 3.9 * once["forward"]
     assert twice["backward"] == pytest.approx(2 * once["backward"])
-    changes = {"runtime.checkpoint_activations": "on"}
-    recomputed = scale.rows(["tiny"], [1], 64, scale.Machine(), changes)[0]["phases_ms"]
+    recomputed = command.rows(["tiny"], [1], 64, Machine(), {}, Plan(recompute=True))[0]["phases_ms"]
     assert recomputed["backward"] / once["backward"] == pytest.approx(1.5, rel=0.01)  # but for the projector
 
 
 @pytest.mark.parametrize(
-    ("changes", "machine", "bottleneck"),
+    ("shard_size", "machine", "bottleneck"),
     [
-        ({}, {"tflop_s": 5.0}, "compute"),
-        ({}, {"inter_gb_s": 1.0}, "gradient reduction over network"),
-        ({}, {"intra_gb_s": 2.0}, "gradient reduction over NVLink"),
-        ({"runtime.shard_size": 64, "runtime.reshard": "always"}, {"inter_gb_s": 0.5}, "gather over network"),
-        ({}, {"base_us": 2000.0, "tflop_s": 100.0}, "gather over NVLink"),
-        ({}, {"inter_us": 3000.0, "tflop_s": 1.0, "inter_gb_s": 1e6}, "batch statistics over network"),
+        (None, {"tflop_s": 5.0}, "compute"),
+        (None, {"inter_gb_s": 1.0}, "gradient reduction over network"),
+        (None, {"intra_gb_s": 2.0}, "gradient reduction over NVLink"),
+        (64, {"inter_gb_s": 0.5}, "gather over network"),
+        (None, {"base_us": 2000.0, "tflop_s": 100.0}, "gather over NVLink"),
+        (None, {"inter_us": 3000.0, "tflop_s": 1.0, "inter_gb_s": 1e6}, "batch statistics over network"),
     ],
 )  # fmt: skip
-def test_the_bottleneck_has_a_name(changes: dict[str, Any], machine: dict[str, float], bottleneck: str) -> None:
-    row = scale.rows(["tiny"], [64], 128, scale.Machine(**machine), changes)[0]
+def test_the_bottleneck_has_a_name(shard_size: int | None, machine: dict[str, Any], bottleneck: str) -> None:
+    plan, changes = Plan(reshard=shard_size is not None), {"runtime.shard_size": shard_size}
+    row = command.rows(["tiny"], [64], 128, Machine(**machine), changes, plan)[0]
     assert row["bottleneck"] == bottleneck, row["phases_ms"]
     assert row["step_ms"] == pytest.approx(sum(row["phases_ms"].values()))
     assert row["images_s"] == pytest.approx(64 * 128 / row["step_ms"] * 1e3)
-    alone = scale.row("tiny", 1, 128, scale.Machine(**machine), {})
+    alone = command.row("tiny", 1, 128, Machine(**machine), {}, Plan())
     assert row["efficiency"] == pytest.approx(row["images_s"] / 64 / alone["images_s"])
 
 
 def test_sharding_over_nodes_waits_longer_for_the_network() -> None:
     def ms_over_network(changes: dict[str, Any]) -> float:
-        row = scale.rows(["tiny"], [64], 128, scale.Machine(), changes)[0]
+        row = command.rows(["tiny"], [64], 128, Machine(), changes)[0]
         return sum(ms for name, ms in row["phases_ms"].items() if name.endswith("network"))
 
     node, everywhere = ms_over_network({}), ms_over_network({"runtime.shard_size": 64})
     assert everywhere > node
     two, three = (
-        scale.rows(["tiny"], [8], 128, scale.Machine(), {"runtime.reshard": reshard})[0]
-        for reshard in ("never", "always")
+        command.rows(["tiny"], [8], 128, Machine(), {}, Plan(reshard=reshard))[0] for reshard in (False, True)
     )
     # ZeRO-3 gathers encoder and predictor twice a step
     gathered = 2 * sum(unit.elements(8) for network in _student() for unit in (network.root, *network.units))
@@ -139,32 +147,30 @@ def test_sharding_over_nodes_waits_longer_for_the_network() -> None:
     assert three["bytes"]["gradient reduction"] == two["bytes"]["gradient reduction"]
 
 
-def _student() -> list[scale.Network]:
-    c = scale.config.replace(scale.trainers.configure("tiny", "fixed", "bf16"), {"optim.batch_size": 1024})
-    step = scale.Step(
-        c, World(size=8, local_size=8), reshard=False, checkpoint=False, tokens=(80, 33), machine=PLAIN, kernels="eager"
-    )
+def _student() -> list[Network]:
+    c = replace(configure("tiny", "fixed", "bf16"), {"optim.batch_size": 1024})
+    step = Step(c, World(size=8, local_size=8), plan=Plan(), tokens=(80, 33), machine=PLAIN, kernels="eager")
     return [step.encoder, step.predictor]
 
 
 def test_real_steps_of_two_processes_do_what_the_model_says() -> None:
     names = ["2, ZeRO-3", "2, ZeRO-2, accumulate 2", "2, bf16, statistics by rows"]
-    found = scale_check.check(2, names)
+    found = check.check(2, names)
     assert found == {name: [] for name in names}
     for name in names:
-        assert len(scale_check.predict(scale_check.LAYOUTS[name])) == 3  # kinds: the comparison is not an empty one
+        assert len(check.predict(check.LAYOUTS[name])) == 3  # kinds: the comparison is not an empty one
 
 
 def test_a_difference_has_a_line() -> None:
-    predicted = scale_check.predict(scale_check.LAYOUTS["4, hybrid of 2, ZeRO-2"])
-    assert scale_check.differences(predicted, predicted) == []
+    predicted = check.predict(check.LAYOUTS["4, hybrid of 2, ZeRO-2"])
+    assert check.differences(predicted, predicted) == []
     (number, bytes), key = predicted["all-reduce", 2, 2], ("all-reduce", 2, 2)
-    assert scale_check.differences({**predicted, key: (number, bytes + 4), ("barrier", 4, 1): (1, 0)}, predicted) == [
+    assert check.differences({**predicted, key: (number, bytes + 4), ("barrier", 4, 1): (1, 0)}, predicted) == [
         f"all-reduce among 2 ranks 2 apart: the step does {number} of {bytes + 4:,} bytes, the model says {number} of "
         f"{bytes:,} bytes",
         "barrier among 4 ranks: the step does 1 of 0 bytes, the model says 0 of 0 bytes",
     ]
-    assert scale_check.main([3]) == 2
+    assert check.main([3]) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
@@ -175,13 +181,13 @@ def test_the_kernel_sums_what_the_model_says(rows: int, width: int) -> None:
     summed: list[int] = []
     z = torch.randn(rows * ranks if gram else rows, views, width)
     kernel.fwd(z, 0, rows, rows * ranks, gram, True, 1.0, 1e-4, lambda tensor: summed.append(tensor.nbytes))
-    c = scale.config.replace(
-        scale.trainers.configure("tiny", "fixed", "bf16"),
+    c = replace(
+        configure("tiny", "fixed", "bf16"),
         {"optim.batch_size": rows * ranks, "loss.projector_width": width, "loss.projector_layers": 1},
     )
     world = World(size=ranks, local_size=ranks)
-    step = scale.Step(
-        c, world, reshard=False, checkpoint=False, tokens=(20, 9), machine=PLAIN, kernels="triton"
+    step = Step(
+        c, world, plan=Plan(), tokens=(20, 9), machine=PLAIN, kernels="triton"
     )  # fmt: skip
     sums = [operation.bytes for operation in step._statistics() if operation.kind == "all-reduce"]
     assert sums == [*summed, 4]  # the last is that of the squared distances
@@ -189,27 +195,34 @@ def test_the_kernel_sums_what_the_model_says(rows: int, width: int) -> None:
 
 
 def test_scale_writes_a_record_and_a_drawing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     out, drawing = tmp_path / "scale.json", tmp_path / "scale.svg"
     arguments = ["--models", "tiny", "--gpus", "1", "2", "16", "--images", "8", "--inter-gb-s", "25"]
-    assert scale.main([*arguments, "--json", str(out), "--figure", str(drawing)]) == 0
+    assert command.main([*arguments, "--json", str(out), "--figure", str(drawing)]) == 0
     record = json.loads(out.read_text())
     assert record["measured"] is False and record["machine"]["inter_gb_s"] == 25
     assert [row["gpus"] for row in record["rows"]] == [1, 2, 16]
     printed = capsys.readouterr().out
     assert "assumed, not measured" in printed and "Batch statistics hide behind nothing." in printed
     assert "| tiny | 16 | 8 | 8 |" in printed
-    lines = xml.etree.ElementTree.parse(drawing).getroot().findall("{http://www.w3.org/2000/svg}polyline")
-    assert len(lines) == 1 and len(lines[0].attrib["points"].split()) == 3
+    assert drawing.read_text().startswith("<?xml")
+    (axis,) = command.figure(record).axes
+    (line,) = axis.lines
+    assert line.get_label() == "ViT-tiny" and line.get_xdata().tolist() == [1, 2, 16]
+    assert line.get_ydata().tolist() == pytest.approx([100 * row["efficiency"] for row in record["rows"]])
+    assert axis.get_xlabel() == "GPUs" and axis.get_xscale() == "log" and "% of one GPU alone" in axis.get_ylabel()
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "16"]
+    assert "not measured" in axis.get_title()
     for wrong, message in (
         (["--gpus", "6", "--shard-size", "4"], "runtime.shard_size: 4 does not divide the 6 processes"),
         (["--gpus", "8", "6", "--batch", "64"], "--batch 64 is not a multiple of 6 GPUs"),
     ):
         with pytest.raises(SystemExit):
-            scale.main(["--models", "tiny", *wrong])
+            command.main(["--models", "tiny", *wrong])
         assert message in capsys.readouterr().err
-    shared = scale.rows(["tiny"], [1, 16], 8, scale.Machine(), {}, batch=128)
+    shared = command.rows(["tiny"], [1, 16], 8, Machine(), {}, batch=128)
     assert [row["images_per_gpu"] for row in shared] == [128, 8]
-    assert shared[1]["efficiency"] == scale.rows(["tiny"], [16], 8, scale.Machine(), {})[0]["efficiency"]
+    assert shared[1]["efficiency"] == command.rows(["tiny"], [16], 8, Machine(), {})[0]["efficiency"]
 
 
 def test_exponents_and_their_verdict() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import processes
 
 ROOT = Path(__file__).parents[1]
 MULTIPLIES = {"attention", "variance_covariance"}  # kernels with matrix products
@@ -20,10 +21,9 @@ def report(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
     path = tmp_path_factory.mktemp("report") / "tiles.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.compile_report", "--json", str(path)], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0"},  # in a process of its own, as this one may interpret kernels
-    )  # fmt: skip
+    # another process, as this one may interpret kernels
+    command = [sys.executable, "-m", "bench.compile_report", "--json", str(path)]
+    done = processes.run(command, cwd=ROOT, TRITON_INTERPRET="0")
     return done, [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -117,7 +117,9 @@ def figure(record: Row) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["S", "B", "L", "H", "g"], help="[all]")
     parser.add_argument("--gpus", nargs="+", type=int, default=list(GPUS), help="[1 to 1024]")
     parser.add_argument("--images", type=int, help="images per GPU [128, of g 64]")

@@ -150,7 +150,9 @@ class Run:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     models = list(trainers.MODELS)
     parser.add_argument("--models", nargs="*", choices=models, help="[S B on a CPU, S B L H on a GPU]")
     parser.add_argument("--batch", type=int, help="images a step [16 on a CPU, 128 on a GPU]")

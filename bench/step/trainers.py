@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 from unittest import mock
 
 import torch
@@ -166,7 +166,10 @@ def build(spec: Spec, c: Config, device: torch.device, *, as_train: bool = False
     with contextlib.nullcontext() if as_train else device:
         networks = build_method(c).to(device)
     if spec.name == "ours":
-        return Ours(Training(c, device, networks))
+        try:
+            return Ours(Training(c, device, networks))
+        except UserError as error:
+            raise CannotRun(f"ours: {error}") from error
     state = networks.state_dict()
     del networks
     make = {"tuned": _tuned, "ijepa": _checkout, "eager": _eager}[spec.name]
@@ -178,9 +181,11 @@ def build(spec: Spec, c: Config, device: torch.device, *, as_train: bool = False
 
 def _with_runtime(c: Config, options: dict[str, str]) -> Config:
     """Return `c` with the keys under `runtime` that the options name."""
-    for key in options:
-        if f"runtime.{key}" not in config.key_types():
+    for key, text in options.items():
+        if (kind := config.key_types().get(f"runtime.{key}")) is None:
             raise CannotRun(f"ours: there is no runtime.{key}")
+        if get_origin(kind) is Literal and text not in get_args(kind):
+            raise CannotRun(f"ours: runtime.{key}: {text!r} is not one of {', '.join(get_args(kind))}")
     values = {f"runtime.{key}": int(text) if text.isdecimal() else text for key, text in options.items()}
     try:
         c = config.replace(c, values)

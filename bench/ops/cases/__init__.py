@@ -1,17 +1,15 @@
-"""What is timed: one file per operation, whose `cases(device, dtype, quick)` lists its cases, the most telling first.
+"""The operations that are timed: one file each, whose `cases(device, dtype, quick)` lists the most important first.
 
-The operation's tests, which must pass before, are tests/test_<operation>.py or what the file names in `TESTS`; `DTYPE`
+The operation's tests, which must pass before, are tests/test_<operation>.py or those in the file's `TESTS`. `DTYPE`
 names the type of an operation that has only one.
 
-Every case states its traffic and its arithmetic: the fewest bytes through memory (each input read once, each output
-written once) and the floating-point operations that the method needs. Whatever an implementation does beyond them is
-its own loss.
+Every case states the fewest bytes through memory (each input read once, each output written once) and the
+floating-point operations of the method, whatever an implementation does beyond them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,13 +25,13 @@ UNINTERPRETED = "Triton kernels need a GPU; the interpreter is never timed"
 class Variant:
     """One implementation of a case.
 
-    call: takes the case's inputs; its result is compared with the truth.
-
-    role: "ours", "rival", or "yardstick": less than the whole operation, to compare with.
-    obstacle: why it cannot run here.
-    timed: "graph", "queue" (it is known not to work in a CUDA graph) or "host" (it never runs on a GPU).
-    compared: what of its result is compared with the truth; None for nothing.
-    slow_start: its first call takes seconds; left out of later cases where time is short.
+    Attributes:
+        call: takes the case's inputs; the result is compared with the truth.
+        role: "ours", "rival", or "yardstick", which does less than the operation.
+        obstacle: the reason why the variant cannot run here.
+        timed: "graph", "queue" (for a function that CUDA graphs refuse) or "host" (for one that never runs on a GPU).
+        compared: picks the tensors of the result that are compared with the truth; None for none.
+        slow_start: the first call takes seconds; left out of later cases when time is short.
     """
 
     name: str
@@ -49,11 +47,12 @@ class Variant:
 class Case:
     """One shape of one operation, in one direction.
 
-    inputs: makes the arguments that every variant is called with.
-    bytes, flop: of one call, see above; 0 where no such model applies.
-    items, item: how many of what one call handles, where a rate is of interest.
-    truth: computes the result from the inputs in fp32; None where variants draw random numbers or update in place.
-    error_limit: largest relative error that may be timed, see bench.run; None: by dtype.
+    Attributes:
+        inputs: makes the arguments of every variant.
+        bytes, flop: of one call, see above; 0 where no such model applies.
+        items, item: number and name of the things that one call handles, where a rate is of interest.
+        truth: computes the result from the inputs in fp32; None for random numbers or updates in place.
+        error_limit: largest relative error that may be timed; None: by dtype, see bench.ops.run.
     """
 
     name: str
@@ -68,17 +67,13 @@ class Case:
     error_limit: float | None = None
 
 
-def not_installed(module: str) -> str | None:
-    return None if importlib.util.find_spec(module) else "not installed"
-
-
 def compiled(function: Callable[..., Any]) -> Variant:
-    """`function` under torch.compile, for the shapes of one case."""
+    """Return `function` under torch.compile, for the shapes of one case."""
     return Variant(name="torch.compile", call=torch.compile(function, dynamic=False), slow_start=True)
 
 
 def forward_backward(function: Callable[..., Any]) -> Callable[..., Any]:
-    """(upstream gradients, *arguments) -> outputs and the gradients of the arguments that require one."""
+    """Return (upstream gradients, *arguments) -> outputs and gradients of the arguments that require one."""
 
     def call(upstream: Sequence[Tensor], *arguments: Any) -> Any:
         outputs = tensors(function(*arguments))
@@ -93,11 +88,11 @@ def both_directions(
     forward: tuple[float, float], backward: tuple[float, float],
     yardsticks: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> Iterator[Case]:  # fmt: skip
-    """A case without gradients, and one with them.
+    """Yield a case without gradients, and one with them.
 
     Args:
         variants: functions of `inputs`.
-        inputs: those that require gradients get them in the second case.
+        inputs: makes the arguments; the second case computes their gradients where required.
         truth: a function of `inputs`, too.
         forward, backward: (bytes, flop) of each; the second case is their sum.
         yardsticks: a function of `inputs` for each case.
