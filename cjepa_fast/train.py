@@ -39,7 +39,7 @@ from cjepa_fast.feed import index
 from cjepa_fast.feed.demo import DEMO_VERSION, write_demo_dataset
 from cjepa_fast.feed.views import Photometric
 from cjepa_fast.losses.second_moment import Projector
-from cjepa_fast.masks import Masks, MultiBlockSampler
+from cjepa_fast.masks import MODES, Masks, MultiBlockSampler
 from cjepa_fast.networks import vit
 from cjepa_fast.run import checkpoint
 from cjepa_fast.run.meter import Meter
@@ -86,6 +86,7 @@ def train(command: cli.Command, world: config.World) -> int:
     config.validate_world(c, world.size)
     device = pick_device(c.runtime.device, world.local_rank)
     ops.require(c.runtime.kernels, device.type)
+    sampler = build_sampler(c)
     if c.model.target_precision == "float8":
         ops.require_float8(device)
     if c.runtime.cuda_graph == "on":
@@ -121,7 +122,6 @@ def train(command: cli.Command, world: config.World) -> int:
         weight_decay_schedule=c.optim.weight_decay_schedule, ema=c.optim.ema, final_ema=c.optim.final_ema,
         schedule_scale=c.optim.schedule_scale,
     )  # fmt: skip
-    sampler = build_sampler(c)
     probe = None
     if source.labels is not None:
         probe = Probe(
@@ -350,23 +350,20 @@ def build_networks(c: config.Config) -> Networks:
 
 
 def build_sampler(c: config.Config) -> MultiBlockSampler:
-    """The mask sampler of a configuration. Raises UserError if the masks it asks for do not fit its grid."""
+    """Build the mask sampler of a configuration. Raises UserError, with the key, for masks that do not fit the grid."""
     try:
         return MultiBlockSampler(
-            c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
-            target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-            min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
-        )  # fmt: skip
-    except UserError as error:  # names the sampler's arguments
-        raise UserError(f"mask: {error}") from None
+            c.model.image_size // c.model.patch_size, **vars(c.mask), seed=c.seed, impl=c.runtime.masks
+        )
+    except UserError as error:  # begins with the sampler's argument, which is a key of `mask` unless listed here
+        name, _, rest = str(error).partition(":")
+        key = {"impl": "runtime.masks", "grid": "model.image_size", "seed": "seed"}.get(name, f"mask.{name}")
+        raise UserError(f"{key}:{rest}") from None
 
 
 def place_masks(masks: Masks, compiled: str, device: torch.device) -> Masks:
-    """The masks on `device`; on a CPU with little padding, which only keeps shapes few where each has a program or a
-    graph of its own (`compiled`, as `runtime.compile` says).
-    """
-    masks = masks.to(device)
-    return masks.trimmed() if device.type == "cpu" and compiled != "static" else masks
+    """Return the masks on `device`; `compiled` is `runtime.compile`."""
+    return masks.placed(device, keep_shapes=compiled == "static")
 
 
 def needs_unions(c: config.Config) -> bool:
@@ -410,7 +407,7 @@ def compile_blocks(networks: Networks, wanted: str, device: torch.device, mask_m
         return "not compiled" + (" (auto: on a CPU compiling outlasts small runs)" if wanted == "auto" else "")
     reason = ""
     if wanted == "auto":
-        wanted = "dynamic" if mask_mode in ("faithful", "packed") else "static"
+        wanted = "dynamic" if MODES[mask_mode].lengths_vary else "static"
         reason = f" (auto: {mask_mode} masks)"
     # beyond these, dynamo would leave further shapes uncompiled; packed masks of 28 x 28 patches make 237 of them
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024

@@ -102,29 +102,8 @@ BAD_FLAGS = [
         "model.predictor_width: 51 is not a multiple of 4 and of the predictor's 4 heads; use 48 or 52",
     ),
     (
-        "--mask.target-scale 0.2 0.1",
-        "mask.target_scale: (0.2, 0.1) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1",
-    ),
-    (
-        "--mask.context-scale 0.5 1.5",
-        "mask.context_scale: (0.5, 1.5) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1",
-    ),
-    (
-        "--mask.target-aspect 0 1",
-        "mask.target_aspect: (0.0, 1.0) is no range; use LOW HIGH with 0 < LOW <= HIGH",
-    ),
-    (
-        "--mask.target-scale 0.01 0.2",
-        "mask.target_scale: (0.01, 0.2) leaves no patch of the 36 to predict;"
-        " raise it, or use a smaller model.patch_size",
-    ),
-    (
         "--mask.num-targets 1",
         "mask.num_targets: 1 gives no pair of views for loss.vicreg_views target_blocks; use at least 2",
-    ),
-    (
-        "--mask.min-keep 64",
-        "mask.min_keep: 64 is out of range; use 1 to 35, below the image's 36 patches",
     ),
     ("--loss.cov-weight -1", "loss.cov_weight: -1.0 is out of range; use at least 0"),
     (

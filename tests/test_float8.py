@@ -18,10 +18,11 @@ from cjepa_fast.engine.optim import AdamW, parameter_groups
 from cjepa_fast.engine.step import LossWeights, Networks, target_embeddings, train_step
 from cjepa_fast.errors import UserError
 from cjepa_fast.losses.second_moment import Projector
-from cjepa_fast.masks import Masks, MultiBlockSampler
+from cjepa_fast.masks import Masks
 from cjepa_fast.networks import vit
 from cjepa_fast.networks.vit import Encoder, Predictor
 from cjepa_fast.train import main
+from masking import make
 
 SHAPE, SIZE, PATCH, BATCH = VitShape(64, 2, 2), 24, 4, 8
 WEIGHTS = LossWeights("smooth_l1", 2.5, 2.5, 0.1)
@@ -125,7 +126,7 @@ def batch(parts: int = 1, union: bool = True) -> tuple[Tensor, list[Masks]]:
     images = torch.randint(
         0, 256, (BATCH, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    return images, MultiBlockSampler(SIZE // PATCH, min_keep=3).sample_parts(0, range(BATCH), parts, union=union)
+    return images, make(grid=SIZE // PATCH, min_keep=3).sample_parts(0, range(BATCH), parts, union=union)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -15,8 +15,9 @@ from cjepa_fast.config import VitShape
 from cjepa_fast.engine.optim import AdamW, parameter_groups, schedules
 from cjepa_fast.engine.step import LossWeights, Networks, StepOutput, forward_backward, target_embeddings
 from cjepa_fast.losses.second_moment import Projector
-from cjepa_fast.masks import Masks, MultiBlockSampler
+from cjepa_fast.masks import Masks
 from cjepa_fast.networks.vit import IMAGENET_MEAN, IMAGENET_STD, Encoder, Predictor
+from masking import make
 
 SHAPE, NARROW, SIZE, PATCH, BATCH = VitShape(32, 2, 2), VitShape(16, 2, 2), 24, 4, 8
 WEIGHTS = LossWeights("smooth_l1", 2.5, 2.5, 0.1)
@@ -38,7 +39,7 @@ def batch(
         0, 256, (size, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
     )
     ids = torch.arange(size).chunk(ranks)[rank]
-    sampler = MultiBlockSampler(SIZE // PATCH, mode, min_keep=3)
+    sampler = make(mode, SIZE // PATCH, min_keep=3)
     return images.chunk(ranks)[rank], sampler.sample_parts(step, ids, parts, union=union)
 
 

@@ -22,6 +22,7 @@ from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.networks.vit import Encoder, Predictor
 from cjepa_fast.run.meter import Meter
 from cjepa_fast.train import main
+from masking import make
 from runs import write_images
 
 SIZE, PATCH, BATCH = 24, 4, 8
@@ -103,7 +104,7 @@ def test_a_step_waits_for_nothing(
     net = networks(context).to(ON_A_GPU)
     optimizer = AdamW(parameter_groups(net), averages=net.averages(), impl=optimizer_impl)
     plan = schedules(4, 1, lr=1e-3, start_lr=1e-4, final_lr=1e-5, weight_decay=0.04, final_weight_decay=0.4)
-    sampler, meter = MultiBlockSampler(SIZE // PATCH, mode, min_keep=3), Meter(BATCH, ON_A_GPU)
+    sampler, meter = make(mode, SIZE // PATCH, min_keep=3), Meter(BATCH, ON_A_GPU)
     images = torch.zeros(BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device=ON_A_GPU)
     weights = LossWeights("smooth_l1", 2.5, 2.5, 0.1, views, "eager")
     with NoWaiting(pinned) as watch:

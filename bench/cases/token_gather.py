@@ -27,6 +27,7 @@ from torch import Tensor
 from bench.cases import UNINTERPRETED, Case, Variant, both_directions, compiled
 from bench.timing import Inputs
 from cjepa_fast import ops
+from cjepa_fast.config import MaskConfig
 from cjepa_fast.masks import MultiBlockSampler
 
 TESTS = ("test_token_gather.py", "test_predictor_rows.py")
@@ -96,12 +97,12 @@ def variants(
 def cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     batch = 2 if quick else 128
     for encoder, image_size, patch_size, width, predictor_width in SHAPES[-1:] if quick else SHAPES:
-        masks = MultiBlockSampler(image_size // patch_size).sample(0, range(batch))
+        masks = MultiBlockSampler(image_size // patch_size, **vars(MaskConfig())).sample(0, range(batch))
         context, target = masks.context.to(device, torch.int32), masks.target.to(device, torch.int32)
         for shared in (False, True):
             yield from predictor_tokens(encoder, predictor_width, image_size // patch_size, context, target, shared,
                                         device, dtype)  # fmt: skip
-        packed = MultiBlockSampler(image_size // patch_size, mode="packed").sample(0, range(batch))
+        packed = MultiBlockSampler(image_size // patch_size, **vars(MaskConfig(mode="packed"))).sample(0, range(batch))
         for rows, offsets in ((context.shape[1], None), (len(packed.context), packed.offsets)):
             yield from predictor_rows(encoder, 3 * predictor_width, image_size // patch_size, rows, packed.target,
                                       offsets, device, dtype)  # fmt: skip
