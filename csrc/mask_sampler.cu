@@ -505,7 +505,7 @@ int64_t blocks_for(int64_t n) { return (n + kWarps - 1) / kWarps; }
 extern "C" {
 
 // Hash of the sources this library was built from: a stale build is recognised by it.
-const char* cjepa_cuda_source_hash() { return CJEPA_SOURCE_HASH; }
+const char* cjepa_source_hash() { return CJEPA_SOURCE_HASH; }
 
 const char* cjepa_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 

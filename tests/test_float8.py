@@ -17,13 +17,14 @@ from cjepa_fast.config import VitShape
 from cjepa_fast.engine.optim import AdamW, parameter_groups
 from cjepa_fast.engine.step import train_step
 from cjepa_fast.errors import UserError
-from cjepa_fast.masks import Masks, MultiBlockSampler
+from cjepa_fast.masks import Masks
 from cjepa_fast.methods import jepa
 from cjepa_fast.methods.jepa import Jepa, Regularisation
 from cjepa_fast.networks import Encoder, Impl, Predictor
 from cjepa_fast.networks.heads import Projector
 from cjepa_fast.networks.precision import linear_layers
 from cjepa_fast.train import main
+from masking import make
 
 SHAPE, SIZE, PATCH, BATCH = VitShape(64, 2, 2), 24, 4, 8
 SHAPES = [(64, 96, 32), (5, 64, 48), (1, 16, 16)]  # rows, K, N
@@ -134,7 +135,7 @@ def batch(parts: int = 1, union: bool = True) -> tuple[Tensor, list[Masks]]:
     images = torch.randint(
         0, 256, (BATCH, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    return images, MultiBlockSampler(SIZE // PATCH, min_keep=3).sample_parts(0, range(BATCH), parts, union=union)
+    return images, make(grid=SIZE // PATCH, min_keep=3).sample_parts(0, range(BATCH), parts, union=union)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

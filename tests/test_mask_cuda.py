@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import platform
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+import masking
 from cjepa_fast import ops
-from cjepa_fast.masks import MultiBlockSampler
+from cjepa_fast.native import build
 from cjepa_fast.native import cuda as native_cuda
 from cjepa_fast.native import host as native
 from cjepa_fast.reference import masks as reference_masks
 from cjepa_fast.reference.masks import MaskArrays, MaskSpec, Mode
+from masking import make
 
 TESTS = Path(__file__).resolve().parent
 KERNEL = TESTS.parent / "csrc" / "mask_sampler.cu"
@@ -37,8 +37,8 @@ Schedule = tuple[int, int, int]  # seed, blocks that run at a time, order in whi
 def emulator(source: Path, output: Path, *flags: str) -> ctypes.CDLL:
     """A CUDA source as C++, with its `cuda_on_cpu_schedule`."""
     try:
-        compiler = native._compiler()
-    except native._Unavailable as reason:
+        compiler = native.compiler()
+    except build.Unavailable as reason:
         pytest.skip(f"nothing to build the emulation with: {reason}")
     include = ("-include", str(TESTS / "cuda_on_cpu.h"), "-I", str(KERNEL.parent), '-DCJEPA_SOURCE_HASH="emulated"')
     subprocess.run([*compiler, *FLAGS, *include, *flags, str(source), "-o", str(output)], check=True)
@@ -50,9 +50,13 @@ def emulator(source: Path, output: Path, *flags: str) -> ctypes.CDLL:
 @pytest.fixture(scope="module")
 def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ctypes.CDLL]:
     folder = tmp_path_factory.mktemp("emulation")
+    libraries = {}
     for warps in WARPS:
-        emulator(KERNEL, folder / f"{warps}.so", f"-DCJEPA_WARPS={warps}")
-    return {warps: native_cuda.open_library(folder / f"{warps}.so") for warps in WARPS}
+        path = folder / f"{warps}.so"
+        emulator(KERNEL, path, f"-DCJEPA_WARPS={warps}")
+        libraries[warps] = build.open_library(path, native_cuda.FUNCTIONS, "emulated")
+        assert libraries[warps] is not None
+    return libraries
 
 
 @pytest.fixture
@@ -156,9 +160,6 @@ def typical(mode: Mode, batch: int) -> MaskSpec:
     return MaskSpec(2**63 + 5, 2**32 - 1, mode, 14, 14, *blocks, batch * 196, batch * 196)
 
 
-# --- the emulated kernel
-
-
 @pytest.mark.parametrize("mode", Mode)
 def test_equals_numpy_bit_for_bit(emulators: dict[int, ctypes.CDLL], guarded: Callable[[], None], mode: Mode) -> None:
     """Every call of a build uses one workspace, whatever its size and mode."""
@@ -236,15 +237,11 @@ def test_the_sampler_gives_the_same_masks_on_a_gpu(
     monkeypatch.setattr(ops, "mask_workspace", workspace)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, **_: tensor)
-    shape: dict[str, Any] = {"num_targets": {"rasterized": 3, "block": 1, "random": 1}.get(mode, 4)}
-    if mode in ("block", "random"):
-        shape["target_scale"] = (0.6, 0.6)
-    on_gpu, on_cpu = (MultiBlockSampler(8, mode, 5, min_keep=3, **shape, impl=impl) for impl in ("cuda", "native"))
+    on_gpu, on_cpu = (make(mode, 8, seed=5, min_keep=3, impl=impl) for impl in ("cuda", "native"))
     for step, batch in ((0, 5), (7, 3), (2**32 - 1, 9)):
         ids = np.arange(batch) * 2**33
         theirs = on_cpu.sample(step, ids, inverse=True, union=True)
-        for ours, their in zip(on_gpu.sample(step, ids, inverse=True, union=True), theirs, strict=True):
-            assert (ours is None) == (their is None) and (their is None or torch.equal(ours, their))
+        masking.assert_equal(on_gpu.sample(step, ids, inverse=True, union=True), theirs)
     assert rooms == [5, 9]
     on_gpu.verify()
     on_gpu._status += 2
@@ -298,12 +295,12 @@ def test_every_output_may_be_left_out(emulators: dict[int, ctypes.CDLL], mode: M
     spec = typical(mode, 20)
     arguments = (spec, torch.tensor(spec.step), ids)
     whole = native_cuda.launch(library, *arguments, True, True, workspace, None, device=0, stream=0)
-    c_spec = native._Spec(**spec._asdict())
+    c_spec = native.Spec(*spec)
     for name, tensor in whole._asdict().items():
         if tensor is None:
             continue
         alone = torch.full_like(tensor, UNTOUCHED)
-        outputs = native_cuda._Outputs(**({} if name == "shortest" else {name: alone.data_ptr()}))
+        outputs = native.Outputs(**({} if name == "shortest" else {name: alone.data_ptr()}))
         error = library.cjepa_sample_masks_cuda(
             *(ctypes.byref(c_spec), None, ids.data_ptr(), 20, ctypes.byref(outputs)),
             *(alone.data_ptr() if name == "shortest" else None, None, workspace.data_ptr(), 0, None),
@@ -312,7 +309,7 @@ def test_every_output_may_be_left_out(emulators: dict[int, ctypes.CDLL], mode: M
         torch.testing.assert_close(alone, tensor, rtol=0, atol=0, msg=name)
     if mode != Mode.PACKED:
         memory = torch.full((spec.cap,), UNTOUCHED, dtype=torch.int32)
-        outputs = native_cuda._Outputs(offsets=memory.data_ptr(), image_of=memory.data_ptr())
+        outputs = native.Outputs(offsets=memory.data_ptr(), image_of=memory.data_ptr())
         library.cjepa_sample_masks_cuda(
             *(ctypes.byref(c_spec), None, ids.data_ptr(), 20, ctypes.byref(outputs)),
             *(None, None, workspace.data_ptr(), 0, None),
@@ -330,8 +327,6 @@ def test_the_library_refuses_what_it_cannot_do(emulators: dict[int, ctypes.CDLL]
         spec = typical(Mode.FIXED, 20)
         native_cuda.launch(library, spec, step, ids, False, False, workspace[:24], None, device=0, stream=0)
 
-
-# --- the emulation itself: without these, equality above would prove little
 
 FAULTY = """
 #include <stdint.h>
@@ -390,9 +385,6 @@ def test_the_emulation_sees_races_divergence_and_deadlock(tmp_path: Path) -> Non
         assert error == 719 and message == "deadlock"
 
 
-# --- nvcc, without a GPU
-
-
 @pytest.fixture(scope="module")
 def nvcc() -> str:
     if (found := native_cuda.find_nvcc()) is None:
@@ -418,35 +410,26 @@ def test_nvcc_compiles_without_spills(nvcc: str, tmp_path: Path, arch: int) -> N
 def test_builds_once_into_the_cache(
     nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, native_cuda.__name__)
+    caplog.set_level(logging.INFO, build.__name__)
     monkeypatch.setenv("CJEPA_CACHE", str(tmp_path))
-    path = native_cuda.build([(9, 0)])
+    library = native_cuda.load([(9, 0)])
+    (path,) = tmp_path.glob("*.so")
     assert len(caplog.records) == 1 and str(path) in caplog.text
     before = path.stat().st_mtime_ns
-    assert native_cuda.build([(9, 0), (9, 0)]) == path and path.stat().st_mtime_ns == before
-    assert len(caplog.records) == 1 and list(tmp_path.iterdir()) == [path]
-    library = native_cuda.open_library(path)
-    assert library.cjepa_cuda_source_hash().decode() in path.name
+    native_cuda.load([(9, 0), (9, 0)])
+    assert len(caplog.records) == 1 and list(tmp_path.glob("*.so")) == [path] and path.stat().st_mtime_ns == before
+    assert library.cjepa_source_hash().decode() in path.name
     assert library.cjepa_mask_workspace_bytes(17) == 24 + 3 * 2 * 8
     if not torch.cuda.is_available():
         assert library.cjepa_cuda_check(0) != 0 and library.cjepa_cuda_error(library.cjepa_cuda_check(0))
 
 
-def test_a_broken_file_in_the_cache_is_replaced(nvcc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CJEPA_CACHE", str(tmp_path))
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    name = native_cuda.source_hash(version, native_cuda._targets([(8, 0)]))
-    broken = tmp_path / f"native-cuda-{name}-{sys.platform}-{platform.machine()}.so"
-    broken.write_bytes(b"\x7fELF")
-    assert native_cuda.build([(8, 0)]) == broken and broken.stat().st_size > 10_000
-
-
 def test_hash_and_code_belong_to_the_gpus() -> None:
-    targets = native_cuda._targets([(9, 0), (8, 0), (9, 0)])
+    targets = native_cuda.targets([(9, 0), (8, 0), (9, 0)])
     names = [target.split("arch=")[1] for target in targets]
     assert names == ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
-    hashes = {native_cuda.source_hash(version, some) for version in ("13.0", "13.1") for some in (targets, targets[:1])}
-    assert len(hashes) == 4
+    calls = [(some, version) for version in ("13.0", "13.1") for some in (targets, targets[:1])]
+    assert len({build.source_hash("cu", *call) for call in calls}) == 4
 
 
 def test_the_reason_is_given_where_it_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,11 +439,11 @@ def test_the_reason_is_given_where_it_cannot_be_had(tmp_path: Path, monkeypatch:
     broken.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'unsupported GNU version' >&2; exit 1; }\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(native_cuda._Unavailable, match="bin/nvcc failed: unsupported GNU version"):
-        native_cuda.build([(9, 0)])
+    with pytest.raises(build.Unavailable, match="bin/nvcc failed: unsupported GNU version"):
+        native_cuda.load([(9, 0)])
     monkeypatch.setattr(native_cuda, "find_nvcc", lambda: None)
-    with pytest.raises(native_cuda._Unavailable, match="no nvcc was found"):
-        native_cuda.build([(9, 0)])
+    with pytest.raises(build.Unavailable, match="no nvcc was found"):
+        native_cuda.load([(9, 0)])
     if not torch.cuda.is_available():
         assert native_cuda.why_unavailable() == "torch sees no CUDA GPU"
 
@@ -484,9 +467,6 @@ def test_bad_tensors_are_refused_with_the_value(changed: dict, words: str) -> No
     arguments: dict[str, Any] = {"step": torch.zeros(1, dtype=torch.int64), "ids": torch.arange(4)} | changed
     with pytest.raises(ValueError, match=words):
         native_cuda.sample_masks(typical(Mode.FIXED, 4), **arguments)
-
-
-# --- the real thing
 
 
 @pytest.fixture

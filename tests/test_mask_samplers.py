@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,9 @@ from cjepa_fast.native import host as native
 from cjepa_fast.philox import philox4x32
 from cjepa_fast.reference import masks as reference_masks
 from cjepa_fast.reference.masks import MaskSpec, Mode
-from masking import make
+from masking import assert_equal, make
 
+ROOT = Path(__file__).resolve().parents[1]
 RANDOM123 = (  # Random123's known answers for philox4x32-10: counter, key, output
     ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, 2**64 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
@@ -35,18 +39,6 @@ RANDOM123 = (  # Random123's known answers for philox4x32-10: counter, key, outp
 def library() -> None:
     if (reason := native.why_unavailable()) is not None:
         pytest.skip(f"the C++ sampler is not available: {reason}")
-
-
-def assert_equal(ours: Any, theirs: Any) -> None:
-    """Two `MaskArrays` or `Masks` have the same fields, dtypes and values."""
-    for name, a, b in zip(type(theirs)._fields, ours, theirs, strict=True):
-        assert (a is None) == (b is None), name
-        if a is not None:
-            assert a.dtype == b.dtype, name
-            np.testing.assert_array_equal(a, b, err_msg=name)
-
-
-# --- the generator, and the two implementations
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), RANDOM123)
@@ -159,8 +151,6 @@ def test_masks_stay_what_they_were(grid: int | tuple[int, int], mode: str, min_k
     assert found.hexdigest()[:16] == digest
 
 
-# --- refusals at the door
-
 GOOD = MaskSpec(1, 2, Mode.FIXED, 14, 14, 4, 6, 6, 13, 13, 10, 45)
 RASTERIZED = MaskSpec(1, 2, Mode.RASTERIZED, 14, 14, 3, 7, 7, 7, 7, 10, 49)
 BLOCK = MaskSpec(1, 2, Mode.BLOCK, 14, 14, 1, 10, 11, 14, 14, 10, 86)
@@ -225,10 +215,23 @@ def test_the_door_refuses_with_the_value(
             native.sample_masks(spec, ids)
 
 
+def declared(header: str, struct: str) -> list[tuple[str, str]]:
+    """Return the (type, name) of each field of a struct, in order."""
+    body = re.sub(r"//.*", "", header.split(f"struct {struct} {{")[1].split("};")[0])
+    fields = (line.strip().split(maxsplit=1) for line in body.split(";") if line.strip())
+    return [(kind, name.strip()) for kind, names in fields for name in names.split(",")]
+
+
 def test_the_library_reads_the_fields_in_their_order() -> None:
-    assert tuple(name for name, *_ in native._Spec._fields_) == MaskSpec._fields
-    outputs = (name.removesuffix("_patches") for name, *_ in native._Outputs._fields_)  # `union` is a keyword in C++
-    assert tuple(outputs) == reference_masks.MaskArrays._fields
+    header = (ROOT / "csrc" / "mask_spec.h").read_text()
+    kinds = {ctypes.c_uint64: "uint64_t", ctypes.c_uint32: "uint32_t", ctypes.c_int32: "int32_t"}
+    assert declared(header, "MaskSpec") == [(kinds[kind], name) for name, kind, *_ in native.Spec._fields_]
+    kinds = {np.dtype("int16"): "int16_t*", np.dtype("int32"): "int32_t*"}
+    masks = make("packed").spec(0, 3, union=True)
+    arrays = native.sample_masks(masks, np.arange(3), inverse=True, union=True)
+    names = [name.removesuffix("_patches") for _, name in declared(header, "MaskOutputs")]  # C++ has a keyword `union`
+    assert names == [name for name, *_ in native.Outputs._fields_]
+    assert [kind for kind, _ in declared(header, "MaskOutputs")] == [kinds[array.dtype] for array in arrays]
 
 
 field_values = st.dictionaries(

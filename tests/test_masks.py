@@ -16,7 +16,8 @@ from cjepa_fast.errors import UserError
 from cjepa_fast.masks import MODES, Masks, MultiBlockSampler
 from cjepa_fast.reference import masks as reference_masks
 from cjepa_fast.reference.masks import MaskSpec, Mode
-from masking import ABLATIONS, make
+from cjepa_fast.train import build_sampler, main
+from masking import ABLATIONS, PAPER, make
 
 CUT = ("fixed", "faithful")  # the contexts are cut to one length
 
@@ -37,27 +38,24 @@ def uncovered(target: torch.Tensor, patches: int) -> np.ndarray:
     return free
 
 
-# --- what a mask depends on
-
-
 def test_a_mask_depends_on_seed_step_and_id_alone() -> None:
-    sampler, ids = MultiBlockSampler(seed=5), torch.randperm(4000, generator=torch.Generator().manual_seed(0))
+    sampler, ids = make(seed=5), torch.randperm(4000, generator=torch.Generator().manual_seed(0))
     for step in (3, 4):
         context, target = cut(sampler.sample(step, ids))  # large enough for several threads
         for rank in range(3):  # another process, another order, another split
             part = torch.arange(rank, len(ids), 3).flip(0)
-            masks = MultiBlockSampler(seed=5).sample(step, ids[part].tolist())
+            masks = make(seed=5).sample(step, ids[part].tolist())
             assert torch.equal(masks.context, context[part])
             assert torch.equal(masks.target, target[part])
     base = sampler.sample(3, range(8))
     for step, ids in ((4, range(8)), (3, range(8, 16)), (3, range(2**32, 2**32 + 8))):
         other = sampler.sample(step, ids)
         assert not torch.equal(base.target[:, :, 0], other.target[:, :, 0])
-    assert not torch.equal(base.target[:, :, 0], MultiBlockSampler(seed=6).sample(3, range(8)).target[:, :, 0])
+    assert not torch.equal(base.target[:, :, 0], make(seed=6).sample(3, range(8)).target[:, :, 0])
 
 
 def test_faithful_contexts_differ_between_batches_only_by_their_length() -> None:
-    sampler = MultiBlockSampler(mode="faithful", seed=5)
+    sampler = make("faithful", seed=5)
     context, target = cut(sampler.sample(2, range(128)))
     for sample_id in (0, 17, 127):
         alone = sampler.sample(2, [sample_id])
@@ -66,20 +64,17 @@ def test_faithful_contexts_differ_between_batches_only_by_their_length() -> None
 
 
 def test_sample_ids_may_be_any_integer_sequence() -> None:
-    sampler, expected = MultiBlockSampler(), MultiBlockSampler().sample(0, [3, 1, 2]).context
+    sampler, expected = make(), make().sample(0, [3, 1, 2]).context
     for ids in ((3, 1, 2), np.array([3, 1, 2], np.uint16), torch.tensor([3, 1, 2], dtype=torch.int32)):
         assert torch.equal(sampler.sample(0, ids).context, expected)
     strided = np.array([3, 0, 1, 0, 2, 0])[::2]
     assert torch.equal(sampler.sample(0, strided).context, expected)
 
 
-# --- both modes: the form of a mask
-
-
 @pytest.mark.parametrize(("grid", "min_keep"), [(14, 10), (6, 4), (8, 4), ((8, 12), 4), (28, 10)])
 @pytest.mark.parametrize("mode", CUT)
 def test_indices_ascend_and_targets_are_blocks(mode: str, grid: int | tuple[int, int], min_keep: int) -> None:
-    sampler = MultiBlockSampler(grid, mode, min_keep=1 if mode == "faithful" else min_keep)
+    sampler = make(mode, grid, min_keep=1 if mode == "faithful" else min_keep)
     height, width = sampler.grid
     shapes = {(keep, area) for _, keep, area in sampler.shapes()}
     for step in range(40):
@@ -97,9 +92,8 @@ def test_indices_ascend_and_targets_are_blocks(mode: str, grid: int | tuple[int,
     assert sum(p for p, _, _ in sampler.shapes()) == pytest.approx(1, abs=1e-12)
 
 
-# --- faithful: the figures of the published collator. Simulated with its own class: the probabilities of the
-# block sizes, the coverage of each row, and the lengths at a batch of 128 per GPU.
-
+# Figures of the published collator, simulated with its own class: the probabilities of the block sizes, the coverage of
+# each grid row, and below the lengths at a batch of 128 per GPU.
 TARGET_SIZES = {
     14: {(5, 6): 0.26, (6, 5): 0.13, (6, 6): 0.22, (7, 5): 0.36, (8, 5): 0.03},
     16: {(5, 7): 0.05, (6, 6): 0.02, (6, 7): 0.28, (7, 6): 0.29, (8, 6): 0.30, (9, 6): 0.07},
@@ -110,7 +104,7 @@ CUT_ROWS = (0.75, 0.60, 0.48, 0.37, 0.26, 0.21, 0.18, 0.18, 0.18, 0.18, 0.13, 0.
 
 @pytest.mark.parametrize("side", [14, 16])
 def test_faithful_block_sizes(side: int) -> None:
-    sampler, steps = MultiBlockSampler(side, "faithful", seed=1), 4000
+    sampler, steps = make("faithful", side, seed=1), 4000
     sizes = [sampler.block_sizes(step) for step in range(steps)]
     assert {context for _, context in sizes} == {(side - 1, side - 1)}
     seen = {size: sum(size == target for target, _ in sizes) / steps for size in TARGET_SIZES[side]}
@@ -127,16 +121,16 @@ def test_faithful_block_sizes(side: int) -> None:
 def test_faithful_mean_tokens() -> None:
     # Published simulations: 50.2 and 50.9 at B = 128, 47.1 and 47.6 at 256, 59.7 at 16, 81.7 raw; their own
     # sampling error is about 0.7 (sd 7.5 over 100 or more steps).
-    sampler = MultiBlockSampler(14, "faithful")
+    sampler = make("faithful")
     for batch_size, context in ((1, 81.7), (16, 59.7), (128, 50.2), (256, 47.1)):
         mean_context, mean_target = sampler.expected_tokens(batch_size)
         assert mean_context == pytest.approx(context, abs=1.5)
         assert mean_target == pytest.approx(33.39, abs=0.01)
-    finer = MultiBlockSampler(16, "faithful")
+    finer = make("faithful", 16)
     assert finer.expected_tokens()[1] == pytest.approx(44.23, abs=0.01)
     for batch_size, context in ((1, 109.8), (128, 68.8), (256, 64.8)):  # 68.8: a training log prints 68.8 at 112
         assert finer.expected_tokens(batch_size)[0] == pytest.approx(context, abs=2)
-    big = MultiBlockSampler(28, "faithful")
+    big = make("faithful", 28)
     assert big.expected_tokens()[1] == pytest.approx(136.25, abs=0.02)
     for batch_size, context in ((1, 356), (16, 269)):  # the means of two simulations, 2 % apart
         assert big.expected_tokens(batch_size)[0] == pytest.approx(context, rel=0.02)
@@ -147,7 +141,7 @@ def test_faithful_mean_tokens() -> None:
 
 
 def test_faithful_coverage_and_lengths_at_batch_128() -> None:
-    sampler, steps = MultiBlockSampler(14, "faithful", seed=2), 400
+    sampler, steps = make("faithful", seed=2), 400
     context_rows, target_cover, raw_rows, lengths, raw = (
         np.zeros(14),
         np.zeros((14, 14)),
@@ -175,7 +169,7 @@ def test_faithful_coverage_and_lengths_at_batch_128() -> None:
 
 def test_faithful_drops_targets_when_the_context_stays_too_short() -> None:
     # The 13x13 window cannot move, so redrawing never helps: the last targets are dropped one by one.
-    sampler = MultiBlockSampler(14, "faithful", min_keep=50, target_scale=(0.5, 0.5))
+    sampler = make("faithful", min_keep=50, target_scale=(0.5, 0.5))
     dropped = set()
     for step in range(8):
         for sample_id in range(16):
@@ -191,16 +185,13 @@ def test_faithful_drops_targets_when_the_context_stays_too_short() -> None:
     assert len(dropped) > 1
 
 
-# --- fixed
-
-
 def test_fixed_has_few_shapes_near_the_published_mean() -> None:
-    shapes = MultiBlockSampler(14).shapes()
+    shapes = make().shapes()
     assert len(shapes) == 8 and {area for _, _, area in shapes} == {24, 25, 28, 30, 35, 36, 40, 42}
-    context, target = MultiBlockSampler(14).expected_tokens()
+    context, target = make().expected_tokens()
     assert context == pytest.approx(50, abs=2)  # batch minimum at B = 128, and the paper's context ratio of 0.25
     assert target == pytest.approx(33.8, abs=0.1)
-    assert [(keep, area) for _, keep, area in MultiBlockSampler(6, min_keep=4).shapes()] == [
+    assert [(keep, area) for _, keep, area in make(grid=6, min_keep=4).shapes()] == [
         (10, 4),
         (5, 6),
         (4, 9),
@@ -209,7 +200,7 @@ def test_fixed_has_few_shapes_near_the_published_mean() -> None:
 
 def test_fixed_rejects_under_one_percent() -> None:
     """Kc is the 1/128 quantile at the smallest window, checked with ids that did not decide it."""
-    keep = {area: keep or 0 for _, keep, area in MultiBlockSampler(14).shapes()}
+    keep = {area: keep or 0 for _, keep, area in make().shapes()}
     for size in ((5, 6), (7, 5), (6, 6), (6, 7)):
         spec = MaskSpec(9, 0, Mode.FIXED, 14, 14, 4, *size, 13, 13, 10, 0)
         counts = reference_masks.sample(spec, np.arange(8000))[2]
@@ -218,7 +209,7 @@ def test_fixed_rejects_under_one_percent() -> None:
 
 
 def test_fixed_reaches_every_patch_symmetrically() -> None:
-    sampler = MultiBlockSampler(14, seed=3)
+    sampler = make(seed=3)
     seen = np.zeros((2, 14, 14))
     for step in range(100):
         for total, index in zip(seen, cut(sampler.sample(step, range(2500))), strict=True):
@@ -232,7 +223,7 @@ def test_fixed_reaches_every_patch_symmetrically() -> None:
 
 def test_fixed_subset_favours_no_position() -> None:
     """Each patch of the untrimmed context is kept with probability Kc / its length, wherever it lies."""
-    sampler, ids = MultiBlockSampler(14, seed=4), np.arange(3000)
+    sampler, ids = make(seed=4), np.arange(3000)
     surplus, variance = np.zeros(196), np.zeros(196)
     for step in range(25):
         context = sampler.sample(step, ids).context
@@ -257,9 +248,6 @@ def test_fixed_subsets_are_equally_likely() -> None:
     assert ((counts - 1200) ** 2 / 1200).sum() < 34 + 5 * math.sqrt(2 * 34)
 
 
-# --- packed
-
-
 def untrimmed(sampler: MultiBlockSampler, step: int, ids: np.ndarray) -> reference_masks.MaskArrays:
     """The contexts of a fixed sampler before they are cut: packed draws the same blocks if its `min_keep` is Kc."""
     spec = sampler.spec(step, len(ids))
@@ -269,7 +257,7 @@ def untrimmed(sampler: MultiBlockSampler, step: int, ids: np.ndarray) -> referen
 
 @pytest.mark.parametrize("grid", [14, 16])
 def test_packed_keeps_exactly_what_fixed_cuts(grid: int) -> None:
-    sampler, ids = MultiBlockSampler(grid, min_keep=4, seed=8), np.arange(200)
+    sampler, ids = make(grid=grid, min_keep=4, seed=8), np.arange(200)
     windows = set()
     for step in range(12):
         spec = sampler.spec(step, len(ids))
@@ -298,7 +286,7 @@ def test_packed_keeps_exactly_what_fixed_cuts(grid: int) -> None:
     [(14, 128, (0.935, 0.9)), (14, 2048, (0.98, 0.97)), (16, 16, (0.84, 0.765)), (14, 1, (0, 0))],
 )
 def test_rooms_hold_every_batch_and_little_more(grid: int, batch: int, full: tuple[float, float]) -> None:
-    sampler, rooms, filled = MultiBlockSampler(grid, "packed", seed=1), set(), []
+    sampler, rooms, filled = make("packed", grid, seed=1), set(), []
     for step in range(100):
         masks = sampler.sample(step, range(step * batch, (step + 1) * batch), union=True)
         assert masks.offsets is not None and masks.union is not None and masks.union_offsets is not None
@@ -317,7 +305,7 @@ def test_rooms_hold_every_batch_and_little_more(grid: int, batch: int, full: tup
 
 def test_rooms_depend_on_block_size_and_batch_alone() -> None:
     """Not on the steps or batches that came before, which differ after a restart."""
-    forwards, backwards = (MultiBlockSampler(14, "packed", seed=1) for _ in range(2))
+    forwards, backwards = (make("packed", seed=1) for _ in range(2))
     calls = [(step, batch) for step in range(40) for batch in (16, 128)]
     specs = {call: forwards.spec(*call, union=True) for call in calls}
     assert specs == {call: backwards.spec(*call, union=True) for call in reversed(calls)}
@@ -343,9 +331,6 @@ def test_what_does_not_fit_is_left_out_from_the_end(impl: str) -> None:
     rows = part.union_offsets[:-1, None, None] + part.target_slot
     expected = whole.union_offsets[:-1, None, None] + whole.target_slot
     np.testing.assert_array_equal(rows, np.minimum(expected, 1200))
-
-
-# --- the maps
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -397,15 +382,12 @@ def test_trimmed(mode: str) -> None:
 def test_mean_size_of_the_union() -> None:
     """Published simulations: 87.3, 115.3 and 355 patches; theirs vary with the block sizes they happened to draw."""
     for side, union in ((14, 87.3), (16, 115.3), (28, 355)):
-        sampler, total = MultiBlockSampler(side, "faithful"), 0
+        sampler, total = make("faithful", side), 0
         for step in range(300):
             offsets = sampler.sample(step, range(16), union=True).union_offsets
             assert offsets is not None
             total += int(offsets[-1])
         assert total / (300 * 16) == pytest.approx(union, rel=0.02)
-
-
-# --- the ablations
 
 
 @pytest.mark.parametrize("grid", [14, 16, (8, 12)])
@@ -472,48 +454,189 @@ def test_expected_tokens_and_cost_of_every_mode(mode: str) -> None:
     assert f"{tokens[0]:.1f} in the context" in report and f"{sampler.num_targets} x {tokens[1]:.1f}" in report
 
 
-# --- bad arguments
+RASTERIZED, BLOCK, RANDOM = ({"mode": mode} | ABLATIONS[mode] for mode in ABLATIONS)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        ({"grid": 65}, ("grid=65", "64")),
-        ({"grid": (14, 14, 3)}, ("(14, 14, 3)",)),
-        ({"grid": 14.0}, ("grid=14.0",)),
-        ({"mode": "faithfull"}, ("'faithfull'", "fixed, faithful, packed")),
-        ({"mode": "rasterized"}, ("num_targets=4", "rasterized", "use 3")),
-        ({"mode": "rasterized", "num_targets": 3, "grid": 7}, ("grid=7", "even")),
-        ({"mode": "rasterized", "num_targets": 3, "grid": 6}, ("min_keep=10", "3x3", "min_keep <= 9", "larger grid")),
-        ({"mode": "block"}, ("num_targets=4", "block", "use 1")),
-        ({"mode": "block", "num_targets": 1, "target_scale": (1, 1), "target_aspect": (1, 1)}, ("leaves 0 context",)),
-        ({"mode": "random", "num_targets": 2}, ("num_targets=2", "random", "use 1")),
-        ({"mode": "random", "num_targets": 1}, ("target_scale=(0.15, 0.2)", "0.6")),
-        ({"mode": "random", "num_targets": 1, "target_scale": (0.01, 0.01)}, ("min_keep=10", "allows 2 target")),
-        ({"mode": "packed", "target_scale": (0.8, 0.8)}, ("min_keep=10", "context patches", "num_targets")),
-        ({"mode": "packed", "context_keep": 20}, ("context_keep=20", "packed")),
-        ({"seed": -1}, ("seed=-1",)),
-        ({"seed": 2**64}, (f"seed={2**64}",)),
-        ({"target_scale": (0.2, 0.15)}, ("target_scale=(0.2, 0.15)",)),
-        ({"target_aspect": (0, 1)}, ("target_aspect=(0, 1)",)),
-        ({"context_scale": (0.85, 1.1)}, ("context_scale=(0.85, 1.1)",)),
-        ({"context_scale": 0.85}, ("context_scale=0.85",)),
-        ({"num_targets": 0}, ("num_targets=0",)),
-        ({"min_keep": 0}, ("min_keep=0",)),
-        ({"impl": "rust"}, ("'cuda'", "'numpy'")),
-        ({"grid": 6}, ("min_keep=10", "6x6", "target_scale", "min_keep <= 4")),
-        ({"grid": 6, "mode": "faithful", "min_keep": 4}, ("min_keep=4", "2x2", "min_keep <= 3")),
-        ({"context_scale": (0.04, 0.05), "mode": "faithful"}, ("context_scale", "min_keep <= 8")),
-        ({"target_scale": (0.001, 0.002)}, ("0x0 block", "use a larger target_scale")),
-        ({"target_scale": (0.8, 0.8)}, ("min_keep=10", "context patches", "num_targets")),
+        ({"grid": 65}, "grid: 65 is out of range; use 2 to 64"),
+        ({"grid": (14, 14, 3)}, "grid: (14, 14, 3) is no grid; use patches per side, or (height, width)"),
+        ({"grid": 14.0}, "grid: 14.0 is no integer; use 2 to 64"),
+        (
+            {"mode": "faithfull"},
+            "mode: 'faithfull' is not known; use one of fixed, faithful, packed, rasterized, block, random",
+        ),
+        ({"mode": "rasterized"}, "num_targets: 4 does not fit mode rasterized; use 3"),
+        (
+            RASTERIZED | {"grid": 7},
+            "mode: rasterized halves both sides of the grid, which has 7x7 patches; use even sides",
+        ),
+        (
+            RASTERIZED | {"grid": 6},
+            "min_keep: 10 does not fit the 6x6 grid: a quadrant is a 3x3 block; use min_keep <= 9 or a larger grid",
+        ),
+        ({"mode": "block"}, "num_targets: 4 does not fit mode block; use 1"),
+        (
+            BLOCK | {"target_scale": (1, 1), "target_aspect": (1, 1)},
+            "min_keep: 10 does not fit the 14x14 grid: target_scale leaves 0 context patches; use a smaller "
+            "target_scale",
+        ),
+        (RANDOM | {"num_targets": 2}, "num_targets: 2 does not fit mode random; use 1"),
+        (
+            RANDOM | {"target_scale": (0.15, 0.2)},
+            "target_scale: (0.15, 0.2) is a range, random mode takes one scale; use one number twice",
+        ),
+        (
+            RANDOM | {"target_scale": (0.01, 0.01)},
+            "min_keep: 10 does not fit the 14x14 grid: target_scale allows 2 patches; use min_keep <= 2 or a larger "
+            "target_scale",
+        ),
+        (
+            {"mode": "packed", "target_scale": (0.8, 0.8)},
+            "min_keep: 10 does not fit the 14x14 grid: 4 targets of 11x14 often leave only 0 context patches; use "
+            "fewer num_targets, a smaller target_scale or a larger context_scale",
+        ),
+        ({"mode": "packed", "context_keep": 20}, "context_keep: 20 has no meaning in mode packed; use None"),
+        ({"context_keep": 0}, "context_keep: 0 is out of range; use 1 to 4096"),
+        (
+            {"grid": 8, "min_keep": 4, "context_keep": 40},
+            "context_keep: 40 is too many: 4 targets of 3x3 often leave only 25 context patches; use less, or fewer "
+            "num_targets, a smaller target_scale or a larger context_scale",
+        ),
+        ({"seed": -1}, f"seed: -1 is out of range; use 0 to {2**64 - 1}"),
+        ({"seed": 2**64}, f"seed: {2**64} is out of range; use 0 to {2**64 - 1}"),
+        (
+            {"target_scale": (0.2, 0.15)},
+            "target_scale: (0.2, 0.15) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1",
+        ),
+        ({"target_aspect": (0, 1)}, "target_aspect: (0, 1) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 64"),
+        (
+            {"context_scale": (0.85, 1.1)},
+            "context_scale: (0.85, 1.1) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1",
+        ),
+        ({"context_scale": 0.85}, "context_scale: 0.85 is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1"),
+        ({"num_targets": 0}, "num_targets: 0 is out of range; use 1 to 64"),
+        ({"num_targets": 2.5}, "num_targets: 2.5 is no integer; use 1 to 64"),
+        ({"min_keep": 0}, "min_keep: 0 is out of range; use 1 to 4096"),
+        ({"impl": "rust"}, "impl: 'rust' is not known; use auto, native, numpy or cuda"),
+        (
+            {"grid": 6},
+            "min_keep: 10 does not fit the 6x6 grid: target_scale allows a 2x2 block; use min_keep <= 4 or a larger "
+            "target_scale",
+        ),
+        (
+            {"grid": 6, "mode": "faithful", "min_keep": 4},
+            "min_keep: 4 does not fit the 6x6 grid: target_scale allows a 2x2 block; use min_keep <= 3 or a larger "
+            "target_scale",
+        ),
+        (
+            {"context_scale": (0.04, 0.05), "mode": "faithful"},
+            "min_keep: 10 does not fit the 14x14 grid: context_scale allows a 3x3 block; use min_keep <= 8 or a larger "
+            "context_scale",
+        ),
+        (
+            {"target_scale": (0.001, 0.002)},
+            "min_keep: 10 does not fit the 14x14 grid: target_scale allows a 0x0 block; use a larger target_scale",
+        ),
+        (
+            {"target_scale": (0.8, 0.8)},
+            "min_keep: 10 does not fit the 14x14 grid: 4 targets of 11x14 often leave only 0 context patches; use "
+            "fewer num_targets, a smaller target_scale or a larger context_scale",
+        ),
     ],
 )
-def test_bad_arguments_are_refused_with_the_value(arguments: dict, words: tuple[str, ...]) -> None:
+def test_bad_arguments_are_refused_in_one_line(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as refused:
+        MultiBlockSampler(**{"grid": 14, "mode": "fixed"} | PAPER | arguments)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("name", [*PAPER, "mode", "grid"])
+def test_the_sampler_has_no_defaults_of_its_own(name: str) -> None:
+    arguments = {"grid": 14, "mode": "fixed"} | PAPER
+    del arguments[name]
+    with pytest.raises(TypeError, match=f"missing 1 required .*argument: '{name}'"):
         MultiBlockSampler(**arguments)
-    assert "\n" not in str(refused.value)
-    for word in words:
-        assert word in str(refused.value)
+
+
+# changes of a configuration that `validate` takes, and the refusal of its sampler
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask.num_targets": 65}, "mask.num_targets: 65 is out of range; use 1 to 64"),
+        ({"mask.mode": "rasterized"}, "mask.num_targets: 4 does not fit mode rasterized; use 3"),
+        ({"mask.mode": "block", "loss.vicreg_weight": 0.0}, "mask.num_targets: 4 does not fit mode block; use 1"),
+        (
+            {"mask.mode": "rasterized", "mask.num_targets": 3, "model.image_size": 36},
+            "mask.mode: rasterized halves both sides of the grid, which has 9x9 patches; use even sides",
+        ),
+        (
+            {"mask.mode": "random", "mask.num_targets": 1, "loss.vicreg_views": "context_target"},
+            "mask.target_scale: (0.15, 0.2) is a range, random mode takes one scale; use one number twice",
+        ),
+        (
+            {"mask.mode": "faithful", "mask.context_keep": 9},
+            "mask.context_keep: 9 has no meaning in mode faithful; use None",
+        ),
+        (
+            {"mask.target_scale": (0.2, 0.1)},
+            "mask.target_scale: (0.2, 0.1) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1",
+        ),
+        (
+            {"mask.context_scale": (0.5, 1.5)},
+            "mask.context_scale: (0.5, 1.5) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 1",
+        ),
+        (
+            {"mask.target_aspect": (0.0, 1.0)},
+            "mask.target_aspect: (0.0, 1.0) is no range; use LOW HIGH with 0 < LOW <= HIGH <= 64",
+        ),
+        (
+            {"mask.target_scale": (0.01, 0.2)},
+            "mask.min_keep: 4 does not fit the 8x8 grid: target_scale allows a 0x0 block; use a larger target_scale",
+        ),
+        (
+            {"mask.min_keep": 64},
+            "mask.min_keep: 64 does not fit the 8x8 grid: target_scale allows a 4x2 block; use min_keep <= 8 or a "
+            "larger target_scale",
+        ),
+        pytest.param(
+            {"runtime.masks": "cuda"},
+            "runtime.masks: cuda is not available (torch sees no CUDA GPU); use auto",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to sample on"),
+        ),
+    ],
+)
+def test_masks_that_cannot_be_made_are_refused_with_their_key(changes: dict[str, Any], message: str) -> None:
+    base = {"mask.target_scale": (0.15, 0.2), "mask.context_keep": None}
+    c = config.replace(PRESETS["cifar10_tiny"], base | changes)
+    config.validate(c)
+    with pytest.raises(UserError) as refused:
+        build_sampler(c)
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("mode", ["block", "random"])
+def test_config_refuses_one_target_where_the_loss_compares_targets(mode: str) -> None:
+    changes = {"mask.mode": mode, "mask.num_targets": 1, "mask.context_keep": None}
+    with pytest.raises(UserError, match=f"mask.mode: '{mode}' has one target, no pair"):
+        config.validate(config.replace(PRESETS["cifar10_tiny"], changes))
+
+
+@pytest.mark.parametrize("mode", ABLATIONS)
+def test_config_takes_the_ablations(mode: str) -> None:
+    keys = {f"mask.{key}": value for key, value in ABLATIONS[mode].items()}
+    views = "target_blocks" if mode == "rasterized" else "context_target"
+    changes = {"mask.mode": mode, "mask.context_keep": None, "loss.vicreg_views": views, **keys}
+    c = config.replace(PRESETS["cifar10_tiny"], changes)
+    config.validate(c)
+    assert build_sampler(c).mode == mode
+
+
+def test_check_refuses_the_masks_before_the_images(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--preset", "cifar10_tiny", "--data.root", "nowhere", "--mask.mode", "packed", "--mask.context-keep", "9"]
+    assert main([*flags, "--check"]) == 2
+    assert capsys.readouterr().err == "error: mask.context_keep: 9 has no meaning in mode packed; use None\n"
 
 
 @pytest.mark.parametrize(
@@ -531,19 +654,19 @@ def test_bad_arguments_are_refused_with_the_value(arguments: dict, words: tuple[
 )
 def test_the_remedy_is_the_largest_min_keep_that_works(arguments: dict) -> None:
     with pytest.raises(UserError) as refused:
-        MultiBlockSampler(min_keep=30, **arguments)
+        make(min_keep=30, **arguments)
     remedy = int(str(refused.value).split("min_keep <= ")[1].split()[0])
-    MultiBlockSampler(min_keep=remedy, **arguments).sample(0, range(1000))
+    make(min_keep=remedy, **arguments).sample(0, range(1000))
     with pytest.raises(UserError):
-        MultiBlockSampler(min_keep=remedy + 1, **arguments)
+        make(min_keep=remedy + 1, **arguments)
 
 
 @pytest.mark.parametrize(
     ("step", "ids", "word"),
     [
-        (-1, [0], "step=-1"),
-        (2**32, [0], f"step={2**32}"),
-        (0.5, [0], "step=0.5"),
+        (-1, [0], "step: -1 is out"),
+        (2**32, [0], f"step: {2**32} is out"),
+        (0.5, [0], "step: 0.5 is no integer"),
         (0, [0, -7], "-7"),
         (0, [2**63], str(2**63)),
         (0, [0.5], "float64"),
@@ -555,56 +678,15 @@ def test_the_remedy_is_the_largest_min_keep_that_works(arguments: dict) -> None:
 )
 def test_bad_steps_and_ids_are_refused_with_the_value(step: int, ids: list[int], word: str) -> None:
     with pytest.raises(UserError) as refused:
-        MultiBlockSampler().sample(step, ids)
+        make().sample(step, ids)
     assert word in str(refused.value)
 
 
 def test_context_keep_replaces_the_quantile() -> None:
-    sampler = MultiBlockSampler(8, min_keep=4, context_keep=15)
+    sampler = make(grid=8, min_keep=4, context_keep=15)
     for step in range(20):
         masks = sampler.sample(step, range(64))
         assert masks.context.shape == (64, 15)
         for context, target in zip(masks.context, masks.target, strict=True):
             assert not set(context.tolist()) & set(target.flatten().tolist())
     assert {keep for _, keep, _ in sampler.shapes()} == {15}
-    with pytest.raises(UserError, match=r"context_keep=40 is too many: 4 targets of .* often leave only"):
-        MultiBlockSampler(8, min_keep=4, context_keep=40)
-    with pytest.raises(UserError, match="context_keep=9 has no meaning in faithful mode"):
-        MultiBlockSampler(8, "faithful", min_keep=4, context_keep=9)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mask.mode": "block", "mask.num_targets": 1}, "mask.mode: 'block' has one target, no pair"),
-        ({"mask.mode": "random", "mask.num_targets": 1}, "mask.mode: 'random' has one target, no pair"),
-        (
-            {"mask.mode": "rasterized", "model.image_size": 36},
-            "mask.mode: 'rasterized' halves .* 9x9 patches; use an even",
-        ),
-        ({"mask.mode": "rasterized"}, "mask.num_targets: 4 does not fit mask.mode rasterized; use 3"),
-        ({"mask.mode": "block", "loss.vicreg_weight": 0.0}, "mask.num_targets: 4 does not fit mask.mode block; use 1"),
-        (
-            {"mask.mode": "random", "mask.num_targets": 1, "loss.vicreg_views": "context_target"},
-            r"mask.target_scale: \(0.15, 0.2\) is a range, random mode takes one scale; use 0.6 0.6",
-        ),
-        (
-            {"mask.mode": "faithful", "mask.context_keep": 9},
-            "mask.context_keep: 9 has no meaning in mask.mode faithful",
-        ),
-    ],
-)
-def test_config_refuses_masks_that_cannot_train(changes: dict[str, Any], message: str) -> None:
-    base = config.replace(PRESETS["cifar10_tiny"], {"mask.target_scale": (0.15, 0.2), "mask.context_keep": None})
-    config.validate(base)
-    with pytest.raises(UserError, match=message) as refused:
-        config.validate(config.replace(base, changes))
-    assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("mode", ABLATIONS)
-def test_config_takes_the_ablations(mode: str) -> None:
-    keys = {f"mask.{key}": value for key, value in ABLATIONS[mode].items()}
-    views = "target_blocks" if mode == "rasterized" else "context_target"
-    changes = {"mask.mode": mode, "mask.context_keep": None, "loss.vicreg_views": views, **keys}
-    config.validate(config.replace(PRESETS["cifar10_tiny"], changes))

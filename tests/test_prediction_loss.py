@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import losses, ops, reference
 from cjepa_fast.errors import UserError
-from cjepa_fast.masks import MultiBlockSampler
 from cjepa_fast.ops import _choice
 from cjepa_fast.ops import _prediction_loss as door
+from masking import make
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,7 +89,7 @@ def test_packed_targets_are_no_worse_than_torch(shape: tuple[int, ...], kind: st
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_union_of_the_masks_gives_the_loss_of_all_targets(impl: str, kind: str) -> None:
     """Bit for bit: the same rows from another place."""
-    masks = MultiBlockSampler(14).sample(0, range(3), union=True)
+    masks = make().sample(0, range(3), union=True)
     target, union, offsets, slots = (
         x.to(DEVICE) for x in (masks.target, masks.union, masks.union_offsets, masks.target_slot)
     )

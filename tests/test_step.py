@@ -15,11 +15,12 @@ from cjepa_fast.config import OptimConfig, VitShape
 from cjepa_fast.engine.optim import AdamW, parameter_groups
 from cjepa_fast.engine.schedules import Length, schedules
 from cjepa_fast.engine.step import StepOutput, forward_backward
-from cjepa_fast.masks import Masks, MultiBlockSampler
+from cjepa_fast.masks import Masks
 from cjepa_fast.methods.jepa import Jepa, Regularisation, target_embeddings
 from cjepa_fast.networks import Encoder, Predictor
 from cjepa_fast.networks.heads import Projector
 from cjepa_fast.networks.vit import IMAGENET_MEAN, IMAGENET_STD
+from masking import make
 
 SHAPE, NARROW, SIZE, PATCH, BATCH = VitShape(32, 2, 2), VitShape(16, 2, 2), 24, 4, 8
 WEIGHTS = (2.5, 2.5, 0.1)  # of sim, std and cov
@@ -55,7 +56,7 @@ def batch(
         0, 256, (size, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
     )
     ids = torch.arange(size).chunk(ranks)[rank]
-    sampler = MultiBlockSampler(SIZE // PATCH, mode, min_keep=3)
+    sampler = make(mode, SIZE // PATCH, min_keep=3)
     return images.chunk(ranks)[rank], sampler.sample_parts(step, ids, parts, union=union)
 
 

@@ -606,7 +606,7 @@ def broken(folder: Path, name: str, content: bytes) -> Path:
         (["--data.probe-root", "{tmp}/other/x"], "data.probe_root: has no labels, data.root has 2 classes"),
         (["--config", "{tmp}/typo.yaml"], "optim.lr"),
         (["--resume", "{tmp}/empty"], "config.yaml"),
-        (["--mask.min-keep", "30"], "mask.min_keep"),
+        (["--mask.min-keep", "30"], "mask.min_keep: 30"),
         (["--optim.epochs", "1e308", "--optim.steps", "None"], "optim.epochs: makes a run of inf steps"),
         (["--optim.steps", "1000000000000"], "optim.steps: makes a run of 1e+12 steps"),
         (["--optim.warmup-epochs", "1e308", "--optim.steps", "5"], "optim.warmup_epochs"),
@@ -617,7 +617,7 @@ def broken(folder: Path, name: str, content: bytes) -> Path:
             "runtime.attention: sdpa cannot run: packed sequences would have to be padded; use auto",
         ),
         pytest.param(
-            ["--runtime.masks", "cuda"], "impl='cuda' (runtime.masks) cannot be had",
+            ["--runtime.masks", "cuda"], "runtime.masks: cuda is not available",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to sample on"),
         ),
         (["--run.wandb", "project"], "cjepa-fast[wandb]"),

@@ -24,6 +24,7 @@ from cjepa_fast.networks import Encoder, Impl, Predictor
 from cjepa_fast.networks.heads import Projector
 from cjepa_fast.run.meter import Meter
 from cjepa_fast.train import main
+from masking import make
 from runs import write_images
 
 SIZE, PATCH, BATCH = 24, 4, 8
@@ -108,10 +109,8 @@ def test_a_step_waits_for_nothing(
     net = networks(context, views).to(ON_A_GPU)
     optimizer = AdamW(parameter_groups(net), averages=net.averages(), impl=optimizer_impl)
     plan = schedules(OptimConfig(), Length(4, 4, 1))
-    sampler, meter = (
-        MultiBlockSampler(SIZE // PATCH, mode, min_keep=3),
-        Meter((*net.local_terms, *net.batch_terms), BATCH, ON_A_GPU),
-    )
+    sampler = make(mode, SIZE // PATCH, min_keep=3)
+    meter = Meter((*net.local_terms, *net.batch_terms), BATCH, ON_A_GPU)
     images = torch.zeros(BATCH, SIZE, SIZE, 3, dtype=torch.uint8, device=ON_A_GPU)
     with NoWaiting(pinned) as watch:
         for step in range(2):

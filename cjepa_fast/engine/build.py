@@ -18,7 +18,7 @@ from cjepa_fast.engine import graphs, optim
 from cjepa_fast.engine.cost import FSDP_BLOCKS, Plan
 from cjepa_fast.engine.step import Parts, StepOutput, train_step
 from cjepa_fast.errors import UserError
-from cjepa_fast.masks import MultiBlockSampler
+from cjepa_fast.masks import MODES, MultiBlockSampler
 from cjepa_fast.methods import Method, build_method
 from cjepa_fast.networks.precision import hold_copies
 from cjepa_fast.networks.vit import Block
@@ -63,7 +63,7 @@ def build_learner(
     if plan.recompute:  # before compilation and sharding, which must both see the recomputation
         for block in blocks(method, trained=True):
             distributed.checkpoint_activations(block)
-    compiled = compile_blocks(method, c.runtime.compile, device, c.mask.mode if method.masked else "no")
+    compiled = compile_blocks(method, c.runtime.compile, device, c.mask.mode if method.masked else None)
     shard(method, distributed.mesh(device.type, shard_size(c, world)), reshard=plan.reshard, unit=unit)
     optimizer = build_optimizer(c, method, sharded=world.size > 1)
     step: Callable[..., StepOutput] = functools.partial(train_step, method, optimizer)
@@ -73,15 +73,15 @@ def build_learner(
 
 
 def build_sampler(c: Config) -> MultiBlockSampler:
-    """Build the mask sampler; raises UserError if the masks do not fit the grid of patches."""
+    """Build the mask sampler; raises UserError, with the key, for masks that do not fit the grid of patches."""
     try:
         return MultiBlockSampler(
-            c.model.image_size // c.model.patch_size, c.mask.mode, c.seed, target_scale=c.mask.target_scale,
-            target_aspect=c.mask.target_aspect, context_scale=c.mask.context_scale, num_targets=c.mask.num_targets,
-            min_keep=c.mask.min_keep, context_keep=c.mask.context_keep, impl=c.runtime.masks,
-        )  # fmt: skip
-    except UserError as error:  # the sampler names its argument first
-        raise UserError(f"mask.{error}") from None
+            c.model.image_size // c.model.patch_size, **vars(c.mask), seed=c.seed, impl=c.runtime.masks
+        )
+    except UserError as error:  # begins with the sampler's argument, which is a key of `mask` unless listed here
+        name, _, rest = str(error).partition(":")
+        key = {"impl": "runtime.masks", "grid": "model.image_size", "seed": "seed"}.get(name, f"mask.{name}")
+        raise UserError(f"{key}:{rest}") from None
 
 
 class MaskFeed:
@@ -90,9 +90,7 @@ class MaskFeed:
     def __init__(self, c: Config, method: Method, device: torch.device) -> None:
         self.sampler = build_sampler(c) if method.masked else None
         self._parts, self._device = c.runtime.accumulate, device
-        self._unions = not method.needs_all_targets
-        # Trimming saves work, but makes shapes; static programs and graphs want few.
-        self._trim = device.type == "cpu" and c.runtime.compile != "static"
+        self._unions, self._keep_shapes = not method.needs_all_targets, c.runtime.compile == "static"
 
     def __call__(
         self, step: int, ids: Sequence[int] | np.ndarray | Tensor, *, whole: bool = False
@@ -106,8 +104,8 @@ class MaskFeed:
         if self.sampler is None:
             return [None] * self._parts
         union = self._unions and not whole
-        parts = [part.to(self._device) for part in self.sampler.sample_parts(step, ids, self._parts, union=union)]
-        return [part.trimmed() for part in parts] if self._trim else parts
+        parts = self.sampler.sample_parts(step, ids, self._parts, union=union)
+        return [part.placed(self._device, keep_shapes=self._keep_shapes) for part in parts]
 
     def verify(self) -> None:
         """Raise RuntimeError if the CUDA sampler found no context for some image; waits for the GPU."""
@@ -139,7 +137,7 @@ def _is_trained(network: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in network.parameters())
 
 
-def compile_blocks(method: Method, wanted: str, device: torch.device, mask_mode: str) -> str:
+def compile_blocks(method: Method, wanted: str, device: torch.device, mask_mode: str | None) -> str:
     """Apply torch.compile to every transformer block; return the choice and its reason.
 
     Equal blocks share one compilation, and FSDP2's hooks lie between blocks. Static: each shape gets a program, five
@@ -149,8 +147,8 @@ def compile_blocks(method: Method, wanted: str, device: torch.device, mask_mode:
         return "not compiled" + (" (auto: on a CPU compiling outlasts small runs)" if wanted == "auto" else "")
     reason = ""
     if wanted == "auto":
-        wanted = "dynamic" if mask_mode in ("faithful", "packed") else "static"
-        reason = f" (auto: {mask_mode} masks)"
+        wanted = "dynamic" if mask_mode is not None and MODES[mask_mode].lengths_vary else "static"
+        reason = f" (auto: {mask_mode or 'no'} masks)"
     # Dynamo would leave further shapes uncompiled; packed masks of 28 x 28 patches make 237 of them.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
     for block in blocks(method):

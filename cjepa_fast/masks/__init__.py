@@ -1,5 +1,6 @@
-"""Multi-block masks: which patches the context encoder sees and which the predictor must predict."""
+"""Multi-block masks: the patches that the context encoder sees and the patches that the predictor must predict."""
 
-from cjepa_fast.masks.sampler import MODES, Masks, MultiBlockSampler
+from cjepa_fast.masks.batch import Masks
+from cjepa_fast.masks.sampler import MODES, MultiBlockSampler
 
 __all__ = ["MODES", "Masks", "MultiBlockSampler"]

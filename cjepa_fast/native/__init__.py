@@ -1,1 +1,1 @@
-"""The C++ library (host) and the CUDA library (cuda): found, or built once, and loaded."""
+"""The C++ library (`host`) and the CUDA library (`cuda`); `build` finds, builds and loads both."""

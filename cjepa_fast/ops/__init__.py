@@ -3,7 +3,7 @@
 Every fused operation takes impl = "auto", "triton" or "eager". "auto" takes the Triton kernel for CUDA tensors if
 Triton is installed and the kernel supports the arguments, else plain torch; asking for "triton" where it cannot run is
 an error. The choice and its reason are logged once. All implementations compute the same function and gradients.
-One file per operation; nothing outside this package imports `cjepa_fast.kernels`, `cjepa_fast.native.host` or triton.
+One file per operation; nothing outside this package imports `cjepa_fast.kernels`, `cjepa_fast.native` or triton.
 """
 
 from cjepa_fast.ops._adamw_ema import adamw_ema

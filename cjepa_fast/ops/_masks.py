@@ -18,28 +18,28 @@ _IMAGES_PER_THREAD, _MAX_THREADS = 1024, 8  # below a thousand images a thread c
 
 
 def mask_sampler(impl: str) -> str:
-    """Which of "native" (C++), "numpy" and "cuda" is to sample, for impl = "auto" or one of them.
+    """Return the sampler, "native" (C++), "numpy" or "cuda", for impl = "auto" or one of them.
 
-    "auto" is C++, or NumPy with a warning that says why; the CUDA sampler, which no GPU has run yet, must be asked for.
-    Raises UserError for one that is asked for and cannot be had.
+    "auto" is C++, or NumPy with a warning that gives the reason. "auto" never takes the CUDA sampler, which has not run
+    on a GPU yet. Raises UserError if the sampler asked for is not available.
     """
     if impl not in ("auto", "native", "numpy", "cuda"):
-        raise UserError(f"impl={impl!r} is not known: use 'auto', 'native', 'numpy' or 'cuda'")
+        raise UserError(f"impl: {impl!r} is not known; use auto, native, numpy or cuda")
     if impl == "numpy":
         return impl
     if impl == "cuda":
         if reason := native_cuda.why_unavailable():
-            raise UserError(f"impl='cuda' (runtime.masks) cannot be had ({reason}): use 'auto'")
+            raise UserError(f"impl: cuda is not available ({reason}); use auto")
         return impl
     reason = native.why_unavailable()
     if reason is None:
         return "native"
     if impl == "native":
-        raise UserError(
-            f"impl='native' (runtime.masks) cannot be had ({reason}): install a C++ compiler or use 'numpy'"
-        )
+        raise UserError(f"impl: native is not available ({reason}); install a C++ compiler or use numpy")
     warnings.warn(
-        f"masks are sampled by NumPy, about 20 times slower than the C++ core: {reason}", RuntimeWarning, stacklevel=4
+        f"masks are sampled by NumPy, about 20 times slower than by the C++ library: {reason}",
+        RuntimeWarning,
+        stacklevel=4,
     )
     return "numpy"
 
@@ -47,9 +47,9 @@ def mask_sampler(impl: str) -> str:
 def sample_masks(
     spec: MaskSpec, ids: np.ndarray, *, impl: str, inverse: bool = False, union: bool = False
 ) -> MaskArrays:
-    """Masks of the samples `ids` [B] int64: see `cjepa_fast.reference.masks.sample`; `impl` is "native" or "numpy".
+    """Return the masks of the samples `ids` [B] int64: see `reference.masks.sample`; `impl` is "native" or "numpy".
 
-    Raises ValueError for arguments that are not as documented.
+    Raises ValueError if `reference.masks.check` refuses the arguments.
     """
     reference_masks.check(spec, ids)
     if impl == "numpy":
@@ -59,13 +59,13 @@ def sample_masks(
 
 
 def sample_masks_on_gpu(spec: MaskSpec, step: Tensor, ids: Tensor, **options: Any) -> native_cuda.DeviceMasks:
-    """The same masks in one launch, from a step and ids that lie on the GPU: see `cjepa_fast.native.cuda.sample_masks`.
+    """Return the same masks in one launch, from a step and ids on the GPU: see `native.cuda.sample_masks`.
 
-    `mask_sampler("cuda")` must have been asked before.
+    Call `mask_sampler("cuda")` first.
     """
     return native_cuda.sample_masks(spec, step, ids, **options)
 
 
 def mask_workspace(images: int, device: str) -> Tensor:
-    """Memory that calls of `sample_masks_on_gpu` with up to `images` ids may share if none overlap in time."""
+    """Return memory that calls of `sample_masks_on_gpu` with up to `images` ids may share if none overlap in time."""
     return native_cuda.new_workspace(images, device)

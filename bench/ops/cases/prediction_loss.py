@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.ops.cases import UNINTERPRETED, Case, Variant, both_directions, compiled
 from bench.timing import Inputs
 from cjepa_fast import ops
+from cjepa_fast.config import MaskConfig
 from cjepa_fast.masks import MultiBlockSampler
 
 # encoder, grid, width; the widest first, as time may run out
@@ -32,7 +33,7 @@ def cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     batch = 4 if quick else 128
     eager = functools.partial(loss, impl="eager")
     for encoder, grid, width in SHAPES[-2:] if quick else SHAPES:
-        masks = MultiBlockSampler(grid).sample(0, range(batch), union=True)
+        masks = MultiBlockSampler(grid, **vars(MaskConfig())).sample(0, range(batch), union=True)
         assert masks.union is not None and masks.union_offsets is not None and masks.target_slot is not None
         indices = masks.target
         _, blocks, length = indices.shape

@@ -25,6 +25,7 @@ from torch import Tensor
 from bench.ops.cases import UNINTERPRETED, Case, Variant, both_directions, compiled
 from bench.timing import Inputs
 from cjepa_fast import ops
+from cjepa_fast.config import MaskConfig
 from cjepa_fast.masks import MultiBlockSampler
 
 TESTS = ("test_token_gather.py", "test_predictor_rows.py")
@@ -93,9 +94,9 @@ def variants(
 def cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[Case]:
     batch = 2 if quick else 128
     for encoder, image_size, patch_size, width, predictor_width in SHAPES[-1:] if quick else SHAPES:
-        masks = MultiBlockSampler(image_size // patch_size).sample(0, range(batch))
+        masks = MultiBlockSampler(image_size // patch_size, **vars(MaskConfig())).sample(0, range(batch))
         context = masks.context.to(device, torch.int32)
-        packed = MultiBlockSampler(image_size // patch_size, mode="packed").sample(0, range(batch))
+        packed = MultiBlockSampler(image_size // patch_size, **vars(MaskConfig(mode="packed"))).sample(0, range(batch))
         for rows, target, offsets in (
             (context.shape[1], masks.target, None),
             (context.shape[1], masks.target.flatten(1)[:, None], None),
