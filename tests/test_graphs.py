@@ -76,11 +76,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
 
     def update(parameters: Any, grads: Any, *args: Any, impl: str, **kwargs: Any) -> None:
         for parameter, grad in zip(parameters, grads, strict=True):
-            if (
-                StandIn.made
-                and StandIn.made[-1].warm_ups
-                and gradients.setdefault(parameter.data_ptr(), grad.data_ptr()) != grad.data_ptr()
-            ):
+            graphs_run = StandIn.made and StandIn.made[-1].warm_ups
+            if graphs_run and gradients.setdefault(parameter.data_ptr(), grad.data_ptr()) != grad.data_ptr():
                 raise RuntimeError("a gradient has moved")
         kernel(parameters, grads, *args, impl="eager", **kwargs)
 
