@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import ops, reference
 from cjepa_fast.errors import UserError
-from cjepa_fast.ops import _token_gather as door
+from cjepa_fast.ops import _predictor_rows as door
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -256,7 +256,7 @@ def test_index_dtypes_agree_bitwise(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("count", [9, 32_767, 40_000])
 def test_order_by_index(count: int) -> None:
     """Also where a table has more rows than the type of its indices can count."""
-    kernel = pytest.importorskip("cjepa_fast.kernels.token_gather")
+    kernel = pytest.importorskip("cjepa_fast.kernels.predictor_rows")
     indices = torch.tensor([3, 0, 7, 3, -1, 0, 3], dtype=torch.int16, device=DEVICE)
     order, starts = kernel._by_index(indices, count)
     assert order.tolist() == [4, 1, 5, 0, 3, 6, 2] and starts.dtype == torch.int32
