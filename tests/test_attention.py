@@ -23,7 +23,7 @@ from cjepa_fast.ops import _choice
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter truncates to bf16 where hardware rounds, so 16 bits are judged on a GPU only
+# The interpreter truncates to bf16 where hardware rounds, so only a GPU tests 16 bits.
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
@@ -39,7 +39,7 @@ WIDTH = HEADS * DIM
 
 @pytest.fixture(params=["fp32", "16 bit"], autouse=False)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter computes in fp32, with the tiles of fp32 or with those shipped for 16 bits."""
+    """Run the interpreter, which computes in fp32, with the tiles of fp32 or those shipped for 16 bits."""
     kernel = pytest.importorskip("cjepa_fast.kernels.attention")
     if request.param == "16 bit":
         if DEVICE == "cuda":
@@ -59,7 +59,7 @@ def offsets(*values: int) -> Tensor:
 
 
 def call(function: Callable[..., Tensor], heads: int = HEADS, **keywords: Any) -> Callable[..., Tensor]:
-    """`function` of qkv or of keys and values, query."""
+    """Return `function` as a function of qkv, or of keys and values and query."""
 
     def run(qkv: Tensor, query: Tensor | None = None) -> Tensor:
         return function(qkv, heads, query=query, **keywords)
@@ -71,7 +71,7 @@ def assert_right(
     args: Sequence[Tensor], dtype: torch.dtype = torch.float32, heads: int = HEADS, impl: str = "triton",
     max_length: int | None = None, max_query_length: int | None = None, **keywords: Any,
 ) -> None:  # fmt: skip
-    """The oracle's verdict on output and all gradients."""
+    """Ask the oracle about output and all gradients."""
     lengths = {"max_length": max_length, "max_query_length": max_query_length}
     fused = call(ops.attention, heads, impl=impl, **lengths, **keywords)
     assert_no_worse(fused, call(reference.packed_attention, heads, **keywords), args, dtype)
@@ -91,7 +91,7 @@ def test_queries_from_elsewhere(queries: int, keys: int, dtype: torch.dtype, til
 
 
 def test_one_token(tiles: None) -> None:
-    """Its output is its value; query and key get no gradient, up to the rounding of two equal sums of 24 products."""
+    """The output is the value; query and key get no gradient, up to the rounding of two equal sums of 24 products."""
     qkv = rows(3, 1, 3 * WIDTH).requires_grad_()
     out = ops.attention(qkv, HEADS, impl="triton")
     assert torch.equal(out, qkv[..., 2 * WIDTH :])
@@ -110,7 +110,7 @@ def packing(*parts: dict[str, Any]) -> dict[str, Any]:
     return {k: offsets(*v) if isinstance(v, tuple) else v for part in parts for k, v in part.items()}
 
 
-ON_A_CPU = [] if DEVICE == "cuda" else ["sdpa"]  # of packed sequences: knows their lengths
+ON_A_CPU = [] if DEVICE == "cuda" else ["sdpa"]  # there, the host knows the lengths of packed sequences
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -180,7 +180,7 @@ def test_back_ends_of_a_gpu(impl: str, dtype: torch.dtype) -> None:
 
 
 def loop(q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int]) -> Tensor:
-    """[T, heads, d] one sequence after the other; rows behind the last are left unwritten."""
+    """Attend [T, heads, d], one sequence after another; NaN in the padding."""
     out = []
     for (a, b), (c, d) in zip(itertools.pairwise(q_starts), itertools.pairwise(k_starts), strict=True):
         sequence = reference.attention(*(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d])))
@@ -191,7 +191,7 @@ def loop(q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Seq
 @pytest.mark.skipif(DEVICE == "cuda", reason="the real one runs")
 @pytest.mark.parametrize("form", ["fixed", "packed", "query", "structured"])
 def test_xformers_is_called_rightly(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for what does not run here: shapes, lengths, padding."""
+    """With a stand-in, as xformers does not run here: shapes, lengths, padding."""
 
     def memory_efficient_attention(
         q: Tensor, k: Tensor, v: Tensor, attn_bias: tuple[list[int], list[int]] | None = None
@@ -246,8 +246,8 @@ def test_strided_inputs_agree_bitwise() -> None:
 
 
 def test_large_logits(tiles: None) -> None:
-    """Up to +-600. Every fused kernel takes the weights anew in its backward pass, which costs digits as logits grow,
-    so the yardstick is torch's fused kernel."""
+    """Up to +-600. The yardstick is torch's fused kernel: recomputing the weights in backward costs digits, in any
+    fused kernel."""
     qkv = rows(1, 70, 3 * 32)
     qkv[..., :64] *= 12
     assert_no_worse(call(ops.attention, 1, impl="triton"), call(ops.attention, 1, impl="sdpa"), [qkv], torch.float32)
@@ -255,7 +255,7 @@ def test_large_logits(tiles: None) -> None:
 
 @pytest.mark.parametrize("tokens", [13, 150])
 def test_logits_far_below_zero(tokens: int, tiles: None) -> None:
-    """Near -570, where a key that is not there would win with its logit of 0."""
+    """Near -570, where a masked key would win with a logit of 0."""
     qkv = rows(1, tokens, 3 * 32)
     qkv[..., :64] /= 10
     qkv[..., :32] += 10
@@ -264,7 +264,7 @@ def test_logits_far_below_zero(tokens: int, tiles: None) -> None:
 
 
 def test_huge_logits_do_not_overflow(tiles: None) -> None:
-    """Up to +-20000, where a softmax that does not subtract the maximum gives infinities."""
+    """Up to +-20000, which overflow unless softmax subtracts the maximum."""
     qkv = rows(1, 70, 3 * 32)
     qkv[..., :64] *= 70
     qkv.requires_grad_()
@@ -275,7 +275,7 @@ def test_huge_logits_do_not_overflow(tiles: None) -> None:
 
 
 def test_one_dominating_key(tiles: None) -> None:
-    """Needs no tolerance: where one key has all the weight, each output is its value."""
+    """Exactly: if one key has all the weight, each output is its value."""
     qkv = rows(1, 150, 3 * 32)
     qkv[..., :32] = 8.0
     qkv[:, 77, 32:64] = 200.0
@@ -407,7 +407,7 @@ def test_registration(form: str) -> None:
 @pytest.mark.parametrize("impl", ["auto", "triton", "eager", "sdpa"])
 @pytest.mark.parametrize("form", ["fixed", "packed", "structured"])
 def test_compiled_and_checkpointed(form: str, impl: str, wrapper: str) -> None:
-    """Without graph break and equal to the plain call, output and gradient; the choice is made while tracing.
+    """Output and gradient equal those of the plain call, without graph break; tracing makes the choice.
 
     Compiled, "auto" may choose otherwise for packed sequences, as one program must hold for all lengths.
     """
@@ -427,7 +427,7 @@ def test_compiled_and_checkpointed(form: str, impl: str, wrapper: str) -> None:
         return out, torch.autograd.grad(out, leaf, out.detach().cos())[0]
 
     if wrapper == "compiled":
-        torch._dynamo.reset()  # so many forms of one function are not a program's
+        torch._dynamo.reset()  # else these many forms exceed the limit of recompilations
         wrapped = torch.compile(attend, fullgraph=True, backend="aot_eager")
     else:
         wrapped = lambda x: checkpoint(attend, x, use_reentrant=False)  # noqa: E731
@@ -446,7 +446,7 @@ def test_one_compiled_program_serves_a_range_of_lengths() -> None:
 
 
 def test_flops_are_those_of_sdpa() -> None:
-    """torch counts none for its CPU kernel, so its formulas are asked directly."""
+    """torch counts none for its CPU kernel, so compare with its formulas."""
     query, key = (2, HEADS, 5, DIM), (2, HEADS, 9, DIM)
     expected = sdpa_flop_count(query, key, key) + sdpa_backward_flop_count(query, query, key, key)
 
@@ -525,7 +525,7 @@ def test_arguments_that_do_not_match_are_refused(
 
 
 def test_every_tile_in_use_is_compiled_ahead_of_time() -> None:
-    """Widths 24 and 32 differ in a mask only."""
+    """Widths 24 and 32 share tiles; they differ in a mask only."""
     kernel = pytest.importorskip("cjepa_fast.kernels.attention")
     assert tuple(kernel.PARTS) == choice.TRITON_HEAD_DIMS and choice.TOKENS[-1] == 1024
 

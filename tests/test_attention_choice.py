@@ -26,7 +26,7 @@ def choose(impl: str = "auto", **changes: Any) -> str:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """The choice on a machine with a GPU called "GPU", and what it says."""
+    """Pretend to have a GPU called "GPU"; return the log of the choice."""
     monkeypatch.setattr(choice, "gpu_name", lambda index: "GPU")
     _choice.announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="cjepa_fast"):
