@@ -1,4 +1,4 @@
-"""Device functions of `attention`: rows in two parts, and which rows of a sequence a tile is about."""
+"""Device functions of `attention`: rows in two parts, and the tokens of a tile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load(p_row, m_row, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows [R, D] as columns [0, D0) and [D0, D), filled with zeros to D0 and D1 columns; D1 = 0: no second part."""
+    """Load rows [R, D] as columns [0, D0) and [D0, D), padded with zeros to D0 and D1; D1 = 0: no second part."""
     o_0 = tl.arange(0, D0)[None, :]
     m_0 = m_row[:, None]
     if D0 > D:
@@ -26,7 +26,7 @@ def load(p_row, m_row, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def store(p_row, m_row, b_0, b_1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """The counterpart of `load`, in the memory's type."""
+    """Store rows in two parts, rounded to the type of the memory."""
     o_0 = tl.arange(0, D0)[None, :]
     m_0 = m_row[:, None]
     if D0 > D:
@@ -42,7 +42,7 @@ def store(p_row, m_row, b_0, b_1, D: tl.constexpr, D0: tl.constexpr, D1: tl.cons
 
 @triton.jit
 def product(a_0, a_1, b_0, b_1, D1: tl.constexpr):
-    """A B^T [R, C] fp32 of rows in two parts; fp32 factors are not cut to tf32."""
+    """Compute A B^T [R, C] fp32 of rows in two parts; fp32 factors are not rounded to tf32."""
     b_s = tl.dot(a_0, tl.trans(b_0), input_precision="ieee")
     if D1 > 0:
         b_s = tl.dot(a_1, tl.trans(b_1), acc=b_s, input_precision="ieee")
@@ -51,7 +51,7 @@ def product(a_0, a_1, b_0, b_1, D1: tl.constexpr):
 
 @triton.jit
 def accumulate(b_p, b_0, b_1, b_acc0, b_acc1, D1: tl.constexpr):
-    """acc + P B for rows B in two parts, P rounded to the type of B."""
+    """Compute acc + P B for rows B in two parts, with P rounded to the type of B."""
     b_p = b_p.to(b_0.dtype)
     b_acc0 = tl.dot(b_p, b_0, acc=b_acc0, input_precision="ieee")
     if D1 > 0:
@@ -70,7 +70,7 @@ def zeros(R: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def sequence(offsets, i_b, length, batch_stride, row_stride):
-    """Number of sequence i_b's first row, its place in memory (int64 elements) and its length."""
+    """Return the first token of sequence i_b, its place in memory (int64 elements) and its length."""
     if offsets is None:
         i_first = i_b * length
         place = i_b * batch_stride
@@ -84,10 +84,10 @@ def sequence(offsets, i_b, length, batch_stride, row_stride):
 
 @triton.jit
 def tile_rows(i_t, q_length, k_length, max_length, blocks, block_length, TILE: tl.constexpr):
-    """What tile i_t of a sequence is about.
+    """Return the tokens of tile i_t of a sequence, and what they see.
 
-    Its rows are [first, q_end) as queries and [first, k_end) as keys. As keys they are seen by [seer, seer_end). As
-    queries they see `count` keys: number j is row j before `split`, row j + gap from there on.
+    The tile holds queries [first, q_end) and keys [first, k_end). Queries [seer, seer_end) see these keys. These
+    queries see `count` keys: key j is token j before `split`, token j + gap from there on.
     """
     if block_length is None:
         first = i_t * TILE
@@ -99,7 +99,7 @@ def tile_rows(i_t, q_length, k_length, max_length, blocks, block_length, TILE: t
         split = k_length
         gap = 0
     else:
-        # tiles of the longest context come first, then those of each block
+        # tiles of the longest context first, then tiles of each block
         context_tiles = tl.cdiv(max_length - blocks * block_length, TILE)
         block_tiles = tl.cdiv(block_length, TILE)
         in_block = i_t >= context_tiles
@@ -117,7 +117,7 @@ def tile_rows(i_t, q_length, k_length, max_length, blocks, block_length, TILE: t
 
 @triton.jit
 def exponent(q_length, k_length, query_length, length, blocks, block_length, D: tl.constexpr):
-    """Factor from Q K^T to an exponent of 2: NaN, to be loud, if the sequence breaks the promise of its lengths."""
+    """Return the factor from Q K^T to an exponent of 2; NaN if the sequence breaks the promise of its lengths."""
     wrong = (q_length > query_length) | (k_length > length)
     if block_length is not None:
         wrong = wrong | ((k_length > 0) & (k_length < blocks * block_length))
@@ -126,14 +126,14 @@ def exponent(q_length, k_length, query_length, length, blocks, block_length, D: 
 
 @triton.jit
 def key_places(first, count, split, gap, row_stride, BLOCK: tl.constexpr):
-    """Places in memory of keys number first + [0, BLOCK), and which of them exist."""
+    """Return the places in memory of keys first + [0, BLOCK), and which of them exist."""
     o_k = first + tl.arange(0, BLOCK)
     return (o_k + tl.where(o_k >= split, gap, 0)).to(tl.int64) * row_stride, o_k < count
 
 
 @triton.jit
 def row_sums(p_row, b_0, b_1, m_row, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """fp32 [R]: sums over columns of rows in memory times rows in two parts."""
+    """Return sums [R] fp32 over the columns of rows in memory times rows in two parts."""
     b_m0, b_m1 = load(p_row, m_row, D, D0, D1)  # pyright: ignore[reportGeneralTypeIssues]
     b_sum = tl.sum(b_m0.to(tl.float32) * b_0.to(tl.float32), axis=1)
     if D1 > 0:
@@ -143,7 +143,7 @@ def row_sums(p_row, b_0, b_1, m_row, D: tl.constexpr, D0: tl.constexpr, D1: tl.c
 
 @triton.jit
 def clear(p_rows, start, rows, row_stride, step, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr):
-    """Zeros into rows start + [0, R), then `step` further on, up to `rows`."""
+    """Store zeros to rows start + [0, R), then `step` further, up to `rows`."""
     b_0, b_1 = zeros(R, D0, D1)  # pyright: ignore[reportGeneralTypeIssues]
     for i in range(start, rows, step):
         o_r = i + tl.arange(0, R)

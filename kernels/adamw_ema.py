@@ -1,4 +1,4 @@
-"""AdamW, the averages (EMA) of the updated parameters and low-precision copies of both, for many tensors in one pass.
+"""AdamW, the averages (EMA) of the parameters and rounded copies of both, for many tensors in one pass.
 
     m = m + (1 - b1) (g - m)        v = v + (1 - b2) (g^2 - v)
     p = p - lr (wd p + m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps))
@@ -7,10 +7,10 @@
 Bytes per element: 28 (read p, g, m, v; write p, m, v; two less for a 16-bit g), 8 more where there is an average, and 2
 for each copy: see `bytes_per_parameter`.
 
-Two launches. The first, one lane per tensor, counts the step and turns it and the hyperparameters, which all live on
-the device, into seven fp32 numbers per tensor. It computes in fp64, as torch does on the host: in fp32 1 - b2^t and
-1 - momentum lose their digits. The second moves the tensors, in chunks; it could not count a step that its other
-programs have yet to read.
+Two launches. The first, one lane per tensor, counts the step, and computes seven fp32 numbers per tensor from the step
+and the hyperparameters, all on the device. It computes in fp64, as torch does on the host, because 1 - b2^t and
+1 - momentum lose their digits in fp32. The second updates the tensors in chunks. Counting needs a launch of its own, as
+all programs of a tensor read its step.
 
 Sources: Loshchilov & Hutter, ICLR 2019 (arXiv 1711.05101), algorithm 2; torch.lerp for the form of the averages.
 """
@@ -25,13 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# of a tensor: addresses of p, g, m, v, e, the copies of p and e (0: there is none) and the step, number of elements
+# of a tensor: addresses of p, g, m, v, e, the copies of p and e (0: none) and the step; number of elements
 COLUMNS = tl.constexpr(9)
 HYPERPARAMETERS = tl.constexpr(6)  # of a group: lr, weight decay, b1, b2, eps, momentum
 COEFFICIENTS = tl.constexpr(7)  # of a tensor: lr wd, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), eps, 1 - b1, 1 - b2, 1 - m
 LANES: dict[str, Any] = {"BLOCK": 128, "num_warps": 4}
-# 16 bytes of every fp32 array per thread, which keeps all arrays in one layout: with 32, those beside a 16-bit array
-# change layout through shared memory. By construction; not yet tuned on a GPU
+# 16 bytes of every fp32 array per thread keep all arrays in one layout. With 32, arrays beside a 16-bit one change
+# layout through shared memory. By construction; not yet tuned on a GPU.
 TILE: dict[str, Any] = {"BLOCK": 1024, "num_warps": 8}
 TYPES: dict[torch.dtype | None, Any] = {
     None: None, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16
@@ -40,7 +40,7 @@ TYPES: dict[torch.dtype | None, Any] = {
 
 @triton.jit
 def _lerp(a, b, weight):
-    """a + weight (b - a) as torch.lerp rounds it: one fused multiply-add, from the nearer end."""
+    """Compute a + weight (b - a) as torch.lerp rounds: one fused multiply-add, from the nearer end."""
     return tl.fma(tl.where(weight < 0.5, weight, weight - 1), b - a, tl.where(weight < 0.5, a, b))
 
 
@@ -53,7 +53,7 @@ def _coefficients_kernel(
     tensors,
     BLOCK: tl.constexpr,
 ):
-    """One lane per tensor."""
+    """Count the steps and compute the coefficients of BLOCK tensors, a lane each."""
     o_t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = o_t < tensors
     p_step = tl.load(addresses + o_t * COLUMNS + 7, mask=mask).to(tl.pointer_type(tl.float32))
@@ -80,11 +80,11 @@ def _move(
     a_p, a_g, a_m, a_v, a_e, a_pc, a_ec, p_coefficient, start, left,
     ALIGNED: tl.constexpr, GRAD: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Moves BLOCK elements, of which `left` exist, from `start` on; ALIGNED: all exist, 16 bytes at a time."""
+    """Update BLOCK elements from `start` on, of which `left` exist; ALIGNED: all exist, 16 bytes at a time."""
     if ALIGNED:
         o_n = tl.arange(0, BLOCK)
         mask = tl.full([BLOCK], True, tl.int1)
-    else:  # in two dimensions, as a lane's elements are then not neighbours but 256 apart
+    else:  # in two dimensions: a lane's elements are 256 apart, so that lanes access neighbours
         o_n = tl.arange(0, BLOCK // 256)[:, None] * 256 + tl.arange(0, 256)[None, :]
         mask = o_n < left
     p_p = a_p.to(tl.pointer_type(tl.float32)) + start
@@ -132,7 +132,7 @@ def _update_kernel(
     COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program takes BLOCK elements of one tensor."""
+    """Update BLOCK elements of one tensor."""
     p_chunk = chunks + tl.program_id(0).to(tl.int64) * 2
     i_t = tl.load(p_chunk)
     p_row, p_coefficient = addresses + i_t * COLUMNS, coefficients + i_t * COEFFICIENTS
@@ -140,7 +140,7 @@ def _update_kernel(
     a_p, a_g, a_m, a_v = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2), tl.load(p_row + 3)
     a_e, a_pc, a_ec = tl.load(p_row + 4), tl.load(p_row + 5), tl.load(p_row + 6)
     left = tl.load(p_row + 8) - start
-    # 16 bytes at a time where that is possible; shards and gradients of FSDP2 may begin anywhere
+    # 16 bytes at a time where possible; shards and gradients of FSDP2 may begin anywhere
     if (left >= BLOCK) & ((a_p | a_g | a_m | a_v | a_e | a_pc | a_ec) % 16 == 0):
         _move(a_p, a_g, a_m, a_v, a_e, a_pc, a_ec, p_coefficient, start, left, True, GRAD, COPY, BLOCK)
     else:
@@ -151,7 +151,7 @@ def update(
     addresses: tuple[int, ...], sizes: tuple[int, ...], grad_types: tuple[torch.dtype, ...],
     copy_type: torch.dtype | None, groups: tuple[int, ...], hyperparameters: Tensor,
 ) -> None:  # fmt: skip
-    """One step for T tensors that the caller has checked and keeps alive.
+    """Take one step for T tensors that the caller has checked and keeps alive.
 
     Args:
         addresses: of all p, then all g, and so on through the first eight columns of the table: 8 T integers.
@@ -161,7 +161,7 @@ def update(
         groups: rows of `hyperparameters` [T].
         hyperparameters: [groups, HYPERPARAMETERS] fp64, on the device where everything is.
 
-    In a CUDA graph the addresses must be those of an earlier step: there is no copying to the device while capturing.
+    In a CUDA graph the addresses must be those of an earlier step: capturing cannot copy tables to the device.
     """
     device, count = hyperparameters.device, len(sizes)
     table = _table(device, addresses, sizes)
@@ -182,25 +182,25 @@ def update(
                 _update_kernel[(len(chunks),)](table, chunks, coefficients, **types, **TILE)
 
 
-_captured: list[Any] = []  # a captured CUDA graph reads its tables for as long as it lives, which nobody tells us
+_captured: list[Any] = []  # never freed: a CUDA graph reads its tables, and its end is unknown here
 
 
-# Equal arguments have equal tables, so what is remembered cannot be stale; gradients may move from step to step.
+# The arguments determine a table, so a cached one is never stale. Gradients may move from step to step.
 @functools.lru_cache(maxsize=32)
 def _table(device: torch.device, addresses: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-    """[T, COLUMNS] int64."""
+    """Return the table of addresses [T, COLUMNS] int64."""
     return _to(device, torch.tensor((*addresses, *sizes)).view(COLUMNS.value, -1).T.contiguous())
 
 
 @functools.lru_cache(maxsize=32)
 def _rows(device: torch.device, groups: tuple[int, ...]) -> Tensor:
-    """[T] int32."""
+    """Return the groups [T] int32."""
     return _to(device, torch.tensor(groups, dtype=torch.int32))
 
 
 @functools.lru_cache(maxsize=8)
 def _chunks(device: torch.device, sizes: tuple[int, ...]) -> Tensor:
-    """[programs, 2] int32: which tensor, which chunk of it."""
+    """Return [programs, 2] int32: a tensor, and the chunk of it."""
     counts = torch.tensor([-(-size // TILE["BLOCK"]) for size in sizes])
     tensors = torch.arange(len(sizes)).repeat_interleave(counts)
     firsts = (counts.cumsum(0) - counts)[tensors]
@@ -208,7 +208,7 @@ def _chunks(device: torch.device, sizes: tuple[int, ...]) -> Tensor:
 
 
 def _to(device: torch.device, values: Tensor) -> Tensor:
-    """To a GPU from pinned memory, the only kind the host need not wait for."""
+    """Copy to the device; to a GPU from pinned memory, so that the host need not wait."""
     if device.type != "cuda":
         return values
     if torch.cuda.is_current_stream_capturing():
@@ -220,15 +220,15 @@ def _to(device: torch.device, values: Tensor) -> Tensor:
 
 
 def bytes_per_parameter(grad_type: torch.dtype = torch.float32, *, average: bool = False, copies: int = 0) -> int:
-    """Bytes of global memory that a step reads and writes for an element with so many 16-bit copies.
+    """Return the bytes of global memory that a step reads and writes for an element with `copies` 16-bit copies.
 
-    Tables come on top: 100 bytes for a program of 1024 elements.
+    Tables add 100 bytes for a program of 1024 elements.
     """
     return 24 + grad_type.itemsize + 8 * average + 2 * copies
 
 
 def _aot() -> list[dict[str, Any]]:
-    """The shipped tiles, for ahead-of-time compilation; ":16" marks arguments known to be multiples of 16."""
+    """List the shipped tiles for ahead-of-time compilation; ":16" marks multiples of 16."""
     table = {"addresses": "*i64:16", "coefficients": "*fp32:16"}
     tiles: list[dict[str, Any]] = [
         dict(

@@ -1,25 +1,24 @@
-"""Bidirectional multi-head attention for short sequences, read from the packed projection, written for the next one.
+"""Bidirectional multi-head attention for short sequences: reads the qkv projection, writes the next layer's input.
 
     S = Q K^T / sqrt(d),  P = softmax(S),  O = P V                                   over the keys a query sees
     dV = P^T dO,  dP = dO V^T,  dS = P * (dP - rowsum(dO * O)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d)
 
-Nothing of size keys^2 leaves the chip. Bytes for X = rows * width * element size: forward 4 X (q, k, v, o), backward
-7 X (q, k, v, dO, dq, dk, dv) where all keys fit one tile, else 8 X (o as well) if the caches serve what is read again;
-both plus 4 bytes per row and head for the logarithms of the sums of weights. At 50 to 256 keys this traffic is the
-bound, so each row is read as few times as the registers permit:
+No array of keys^2 elements leaves the chip. Bytes for X = tokens * width * element size: forward 4 X (q, k, v, o),
+backward 7 X (q, k, v, dO, dq, dk, dv) if all keys fit one tile, else 8 X (also o) if the caches serve repeated reads;
+both plus 4 bytes per token and head for the logarithms of the sums of weights. At 50 to 256 keys this traffic is the
+bound, so each token is read as few times as the registers permit:
 
-* forward: one program per (sequence, head, tile of queries). Where all keys fit one tile, softmax is exact in one pass;
+* forward: one program per (sequence, head, tile of queries). If all keys fit one tile, softmax is exact in one pass;
   else it runs online over tiles of keys (Milakov & Gimelshein, 2018, arXiv 1805.02867).
-* backward: one launch, no atomics. Where all keys fit one tile, one program per (sequence, head) keeps K, V, dK and dV
-  on chip, completes dQ tile by tile, and takes rowsum(dO * O) as rowsum(P * dP), its equal, without reading O. Else
-  each program owns a tile of rows: first as keys, for dK and dV over all queries, then as queries, for dQ over all
+* backward: one launch, no atomics. If all keys fit one tile, one program per (sequence, head) keeps K, V, dK and dV on
+  chip, completes dQ tile by tile, and computes rowsum(P * dP), which equals rowsum(dO * O), without reading O. Else
+  each program owns a tile of tokens: first as keys, for dK and dV over all queries, then as queries, for dQ over all
   keys.
 
-Three kinds of sequences, without any mask: of one length; packed, with offsets (rows behind the last sequence are
-padding, whose results are zeros); and structured, [context | block 1 | ... | block M], where context rows see the
-context and rows of a block see the context and their own block. A head width that is no power of two is multiplied in
-two parts, 80 = 64 + 16 and 88 = 64 + 24, where padding to 128 would waste up to 60 %. Products of fp32
-are computed in fp32, without tf32: slower, but as accurate as plain torch, which is what fp32 is asked for.
+Three forms of sequences need no mask: of one length; packed, with offsets (padding follows the last sequence and gets
+zeros); and structured, [context | block 1 | ... | block M], where the context sees itself, and a block the context and
+itself. A head width that is no power of two is multiplied in two parts, 80 = 64 + 16 and 88 = 64 + 24, as padding to
+128 would waste up to 60 %. fp32 is multiplied in fp32, without tf32: slower, but as accurate as plain torch.
 
 Sources: Dao et al., 2022 and 2023 (FlashAttention, arXiv 2205.14135, 2307.08691).
 """
@@ -51,7 +50,7 @@ PARTS = {24: (32, 0), 32: (32, 0), 64: (64, 0), 80: (64, 16), 88: (64, 32), 128:
 MAX_LENGTH = 1024  # keys of a sequence
 
 
-# sizes that change with the mask shape must not make new variants of the kernels
+# Not specialised: sizes that change with the masks would compile new variants.
 _SIZES = ["batch", "tiles", "query_length", "length", "query_rows", "blocks", "block_length"]
 
 
@@ -83,12 +82,12 @@ def _fwd_kernel(
     BLOCK_K: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
-    """One program takes BLOCK_Q queries of one head of one sequence; its neighbours, other heads of the same rows."""
+    """Compute BLOCK_Q queries of one head of one sequence; neighbouring programs take its other heads."""
     i_h = tl.program_id(0) % H
     i_t = (tl.program_id(0) // H) % tiles
     i_b = (tl.program_id(0) // H // tiles).to(tl.int64)
     if query_offsets is not None:  # noqa: SIM102 (known at compile time)
-        if i_b == batch:  # no sequence but the padding behind the last one
+        if i_b == batch:  # the padding behind the last sequence
             start = tl.load(query_offsets + i_b) + i_t * BLOCK_Q
             clear(out + i_h * D, start, query_rows, H * D, tiles * BLOCK_Q, D, D0, D1, BLOCK_Q)
             if lse is not None:
@@ -185,12 +184,12 @@ def _bwd_kernel(
     INNER: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
-    """One program takes BLOCK rows of one head of one sequence, as keys and then, unless ONE_PASS, as queries."""
+    """Compute BLOCK tokens of one head of one sequence: as keys, and then, unless ONE_PASS, as queries."""
     i_h = tl.program_id(0) % H
     i_t = (tl.program_id(0) // H) % tiles
     i_b = (tl.program_id(0) // H // tiles).to(tl.int64)
     if (query_offsets is not None) or (offsets is not None):  # noqa: SIM102 (known at compile time)
-        if i_b == batch:  # no sequence but the padding behind the last one
+        if i_b == batch:  # the padding behind the last sequence
             if query_offsets is not None:
                 start = tl.load(query_offsets + i_b) + i_t * BLOCK
                 clear(grad_query + i_h * D, start, query_rows, grad_query_stride, tiles * BLOCK, D, D0, D1, BLOCK)
@@ -222,7 +221,7 @@ def _bwd_kernel(
     o_own = (first + tl.arange(0, BLOCK)).to(tl.int64)
 
     m_k = o_own < k_end
-    if not ONE_PASS:  # where there are more queries than keys, some tiles have queries only
+    if not ONE_PASS:  # with more queries than keys, some tiles have queries only
         seer_end = tl.where(first < k_end, seer_end, seer)
     b_k0, b_k1 = load(p_k + o_own * row_stride, m_k, D, D0, D1)
     b_v0, b_v1 = load(p_v + o_own * row_stride, m_k, D, D0, D1)
@@ -234,12 +233,12 @@ def _bwd_kernel(
         b_q0, b_q1 = load(p_q + o_q * query_row_stride, m_q, D, D0, D1)
         b_do0, b_do1 = load(p_do + o_q * (H * D), m_q, D, D0, D1)
         b_lse = tl.load(p_lse + o_q, mask=m_q, other=0.0)
-        b_s = product(b_k0, b_k1, b_q0, b_q1, D1) * to_exponent  # [K, Q]: as left factor it stays in registers
+        b_s = product(b_k0, b_k1, b_q0, b_q1, D1) * to_exponent  # [K, Q]: the left factor stays in registers
         b_p = tl.where(m_k[:, None], tl.exp2(b_s - b_lse[None, :]), 0.0)
         b_dv0, b_dv1 = accumulate(b_p, b_do0, b_do1, b_dv0, b_dv1, D1)
         b_dp = product(b_v0, b_v1, b_do0, b_do1, D1)
         if ONE_PASS:
-            # equals rowsum(dO * O), as all keys are here; over a row's sum, which rounding of large logits keeps from 1
+            # Equals rowsum(dO * O), as all keys are here. Rounding of large logits moves rowsum(P) from 1: divide.
             b_row = tl.sum(b_p, axis=0)
             b_delta = tl.sum(b_p * b_dp, axis=0) / tl.where(b_row > 0.0, b_row, 1.0)
         else:
@@ -273,7 +272,7 @@ def _bwd_kernel(
 
 
 class _Call(NamedTuple):
-    """A call's arguments, taken apart: fixed lengths are read off the shapes."""
+    """The arguments of a call, with q, k, v apart, and fixed lengths from the shapes."""
 
     query: Tensor
     key: Tensor
@@ -322,7 +321,7 @@ class _Call(NamedTuple):
         return max(1, -(-rows // tile))
 
     def arguments(self) -> dict[str, Any]:
-        """Those that both kernels take."""
+        """Return the arguments that both kernels take."""
         first, second = PARTS[self.head_dim]
         return {
             "query": self.query, "key": self.key, "value": self.value,
@@ -341,7 +340,7 @@ def fwd(
     qkv: Tensor, query: Tensor | None, offsets: Tensor | None, query_offsets: Tensor | None, heads: int,
     length: int, query_length: int, blocks: int, block_length: int, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output, contiguous, and the logarithms of base 2 [heads, query rows] fp32 (of no element if not asked for).
+    """Return the output, contiguous, and the logarithms of base 2 [heads, query tokens] fp32, empty unless `with_lse`.
 
     Arguments as in `cjepa_fast.ops.attention`; length and query_length count for packed sides only, and blocks = 0
     means no structure.
@@ -355,7 +354,7 @@ def fwd(
         queries, keys = max(block_length, keys - blocks * block_length), keys - (blocks - 1) * block_length
     tile = _fwd_tile(call.head_dim, queries, keys, qkv.dtype != torch.float32)
     tiles = call.tiles(queries, tile["BLOCK_Q"])
-    # padding behind packed queries is one sequence more
+    # the padding behind packed queries counts as a sequence
     programs = heads * tiles * (call.batch + (call.query_offsets is not None))
     if out.numel() and programs:
         with torch.cuda.device_of(qkv):
@@ -370,7 +369,7 @@ def bwd(
     offsets: Tensor | None, query_offsets: Tensor | None, heads: int,
     length: int, query_length: int, blocks: int, block_length: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of qkv and of query (of no element if there is none), contiguous, from what `fwd` returned."""
+    """Return the gradients of qkv and of query (empty without one), contiguous, from the results of `fwd`."""
     call = _Call.of(qkv, query, offsets, query_offsets, heads, length, query_length, blocks, block_length)
     grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if query is None:
@@ -381,7 +380,7 @@ def bwd(
         dq, (dk, dv) = grad_query, grad.chunk(2, dim=-1)
     tile = _bwd_tile(call.head_dim, call.length, qkv.dtype != torch.float32, blocks > 0)
     tiles = 1 if tile["ONE_PASS"] else call.tiles(max(call.query_length, call.length), tile["BLOCK"])
-    # padding behind packed sequences is one sequence more
+    # the padding behind packed sequences counts as a sequence
     programs = heads * tiles * (call.batch + (call.query_offsets is not None or offsets is not None))
     if grad.numel() + grad_query.numel() and programs:
         with torch.cuda.device_of(qkv):
@@ -393,13 +392,13 @@ def bwd(
     return grad, grad_query
 
 
-# Tiles: by construction; not yet tuned on a GPU. What decided: a row is read as few times as possible, so all queries
-# and all keys are in one tile where that is possible; 64 rows a tile at least, which Hopper's and Blackwell's matrix
-# instructions ask for; no register spilled on sm_80, sm_90 and sm_100, of which sm_80 is the tightest by far.
+# Tiles: by construction; not yet tuned on a GPU. Read each token as few times as possible: all queries and keys in one
+# tile where they fit. At least 64 tokens a tile, for the matrix instructions of Hopper and Blackwell. No register
+# spills on sm_80, sm_90 and sm_100; sm_80 is the tightest by far.
 
 
 def _fwd_tile(head_dim: int, queries: int, keys: int, half: bool) -> dict[str, Any]:
-    """For at most so many queries and keys of each sequence (of what one query sees, if structured)."""
+    """Return the tile for at most so many queries, and keys that a query sees, of each sequence."""
     if not half:
         size = (64, 32 if head_dim in (24, 32, 88) else 16, False, 8, 2)
     elif max(queries, keys) <= 32 and head_dim <= 64:
@@ -418,7 +417,7 @@ def _fwd_tile(head_dim: int, queries: int, keys: int, half: bool) -> dict[str, A
 
 
 def _bwd_tile(head_dim: int, keys: int, half: bool, structured: bool) -> dict[str, Any]:
-    """For at most so many keys of each sequence."""
+    """Return the tile for at most so many keys of each sequence."""
     if not half:
         size = (32, 16, False, 4 if head_dim <= 64 else 8, 2 if head_dim == 128 else 1)
     elif structured or keys > (128 if head_dim <= 64 else 64):
@@ -437,7 +436,7 @@ def _bwd_tile(head_dim: int, keys: int, half: bool, structured: bool) -> dict[st
 
 
 def _aot() -> list[dict[str, Any]]:
-    """The shipped tiles, for ahead-of-time compilation; ":16" marks arguments known to be multiples of 16.
+    """List the shipped tiles for ahead-of-time compilation; ":16" marks multiples of 16.
 
     Widths 24 and 32 share all tiles, of which 24 is the larger; packed sequences need more than fixed ones.
     """

@@ -5,10 +5,10 @@
                 dloss/dp = clamp(d, -1, 1) / (B M K D)
     L2:         loss = sum_rj d_rj^2 / (B M),   dloss/dp = 2 d / (B M)
 
-Bytes for P = size of the predictions and T = size of the distinct target rows: forward 2 P + T (P + T without
-gradient), backward 2 P. The normalised targets stay on chip. The forward pass stores the residual, clamp(d) or d, and
-not the gradient itself: the factor 1 / (B M K D) is below fp16's smallest number, and applied in fp32 together with the
-upstream gradient it is not rounded to 16 bits either.
+Bytes for P = size of the predictions and T = size of the distinct target tokens: forward 2 P + T (P + T without
+gradient), backward 2 P. The normalised targets stay on chip. The forward pass stores the residual, clamp(d) or d,
+instead of the gradient, as 1 / (B M K D) is below fp16's smallest number. Backward applies the factor and the upstream
+gradient in fp32.
 
 Sources: Assran et al., CVPR 2023 (arXiv 2301.08243), section 3; derivative in the forward pass as in Hsu et al., 2024
 (Liger kernel, arXiv 2410.10989).
@@ -28,13 +28,13 @@ MAX_WIDTH = 4096  # a whole row is held in registers
 
 @triton.jit
 def _normalise(x, mask, D: tl.constexpr):
-    """Layer norm without affine of rows x [R, BD], whose columns outside `mask` are 0 before and after."""
+    """Layer-norm rows x [R, BD] without affine; columns outside `mask` are 0 before and after."""
     centred = tl.where(mask, x - (tl.sum(x, axis=1) / D)[:, None], 0.0)
     variance = tl.sum(centred * centred, axis=1) / D
     return centred * tl.rsqrt(variance + 1e-5)[:, None]
 
 
-# sizes that change with the mask shape must not make new variants of the kernel
+# Not specialised: sizes that change with the masks would compile new variants.
 @triton.jit(do_not_specialize=["rows", "rows_per_image", "patches", "target_rows"])
 def _fwd_kernel(
     predictions,  # [rows, D]
@@ -53,7 +53,7 @@ def _fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program takes BLOCK_R whole rows of the predictions."""
+    """Compute the loss and the residuals of BLOCK_R whole rows of the predictions."""
     i_p = tl.program_id(0).to(tl.int64)
     o_r = i_p * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
     o_d = tl.arange(0, BLOCK_D)[None, :]  # [1, BD]
@@ -74,7 +74,7 @@ def _fwd_kernel(
 
     b_p = tl.load(predictions + o_r[:, None] * D + o_d, mask=mask, other=0.0).to(tl.float32)  # [R, BD]
     b_t = tl.load(targets + o_t[:, None] * D + o_d, mask=mask & m_known, other=0.0).to(tl.float32)
-    # an index outside the image must not pass for a target row
+    # An index outside the image gives NaN.
     b_d = b_p - tl.where(m_known, _normalise(b_t, m_d, D), float("nan"))
 
     if SMOOTH:
@@ -97,7 +97,7 @@ def _bwd_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
-    """One program takes BLOCK elements: grad = upstream * scale * residual."""
+    """Compute BLOCK elements: grad = upstream * scale * residual."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_n < count
     b_grad = tl.load(residuals + o_n, mask=mask).to(tl.float32) * (tl.load(upstream) * scale)
@@ -107,7 +107,7 @@ def _bwd_kernel(
 def fwd(
     predictions: Tensor, targets: Tensor, indices: Tensor, offsets: Tensor | None, kind: str, with_residual: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss [] fp32 and the residual [B, M, K, D] (of no element if not asked for); arguments are contiguous.
+    """Return the loss [] fp32 and the residual [B, M, K, D], empty without `with_residual`; arguments are contiguous.
 
     Targets are [B, N, D], or with offsets [B + 1] packed [T, D].
     """
@@ -134,7 +134,7 @@ def fwd(
 
 
 def bwd(upstream: Tensor, residual: Tensor, kind: str) -> Tensor:
-    """The gradient [B, M, K, D] from the upstream gradient [] fp32 and the residual that `fwd` stored."""
+    """Return the gradient [B, M, K, D] from the upstream gradient [] fp32 and the residual that `fwd` stored."""
     grad = torch.empty_like(residual)
     if residual.numel() == 0:
         return grad
@@ -147,12 +147,12 @@ def bwd(upstream: Tensor, residual: Tensor, kind: str) -> Tensor:
 
 
 def _divisor(predictions: Tensor, kind: str) -> int:
-    """What the sum over elements is divided by: B M K D for smooth L1, B M for L2."""
+    """Return the divisor of the sum over elements: B M K D for smooth L1, B M for L2."""
     return predictions.numel() if kind == "smooth_l1" else predictions.shape[0] * predictions.shape[1]
 
 
 def _fwd_tile(width: int) -> dict[str, Any]:
-    """Whole rows, 16 elements per thread: every array stays in registers. By construction; not yet tuned on a GPU."""
+    """Return the tile: whole rows in registers, 16 elements per thread. By construction; not yet tuned on a GPU."""
     block = 1 << (width - 1).bit_length()
     return {"BLOCK_R": max(1, 2048 // block), "BLOCK_D": block, "num_warps": 4 if block <= 2048 else 8}
 
@@ -161,7 +161,7 @@ BWD_TILE: dict[str, Any] = {"BLOCK": 2048, "num_warps": 4}
 
 
 def _aot() -> list[dict[str, Any]]:
-    """The shipped tiles, for ahead-of-time compilation; ":16" marks arguments known to be multiples of 16."""
+    """List the shipped tiles for ahead-of-time compilation; ":16" marks multiples of 16."""
     tiles: list[dict[str, Any]] = []
     for dtype, index, width, kind, residual, packed in [
         *(("bf16", "i16", width, "smooth_l1", True, False) for width in (96, 192, 384, 768, 1024, 1280, 1408)),

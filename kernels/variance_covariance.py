@@ -6,16 +6,17 @@ For one view Z [n, D] with column means mu, Zc = Z - mu, C = Zc^T Zc / (n - 1) a
 and with their upstream gradients b, a and h_j = -[s_j < target] / (D s_j (n - 1)),
     covariance form: dZ = 4 a / (D (n - 1))   Zc (C - diag C) + Zc diag(b h)
     gram form:       dZ = 4 a / (D (n - 1)^2) (Zc Zc^T) Zc    + Zc diag(b h - 4 a diag C / (D (n - 1))).
-The covariance form works on D x D and adds up over ranks, its dual works on n x n.
+The covariance form works on D x D and adds up over ranks; its dual works on n x n.
 
-Passes over memory. Forward: one triangle of tiles of the product, Z centred on load (in fp32, rounded once to its own
-type for the tensor cores, accumulated in fp32); a second kernel adds the splits of the reduction and writes the whole
-symmetric matrix in Z's type. The covariance form subtracts a provisional mean and corrects by the mean x of what is
-left, G - n x x^T; the gram form, which has no such correction, first takes means and variances in a pass of its own.
-Backward: Z is centred on load again; scalar and columnwise factors meet the fp32 accumulator.
+Passes over memory. Forward: one kernel computes a triangle of tiles of the product and centres Z on load (in fp32,
+rounded once to Z's type for the tensor cores, accumulated in fp32). A second kernel adds the splits of the reduction
+and writes the whole symmetric matrix in Z's type. The covariance form subtracts a provisional mean and corrects by the
+mean x of the remainder, G - n x x^T. The gram form has no such correction, so a pass of its own first computes means
+and variances. Backward: the kernel centres Z on load again and applies scalar and columnwise factors to the fp32
+accumulator.
 
 Memory besides the gradient: the matrix, V D^2 or V N n elements of Z's type, kept for backward; and fp32 partial tiles,
-freed by the end of forward: at most 32 MB, or one view's triangle (half a matrix) where that is more.
+freed by the end of forward: at most 32 MB, or one view's triangle (half a matrix) if that is more.
 
 Sources: Bardes et al., ICLR 2022 (arXiv 2105.04906), equations 1-4; Garrido et al., ICLR 2023 (arXiv 2206.02574),
 theorem 3.3, for the dual.
@@ -32,20 +33,20 @@ import triton.language as tl
 from torch import Tensor
 
 GROUP = tl.constexpr(8)  # block columns that neighbouring programs share, for the L2 cache
-# fp32 is multiplied as three products of TF32 halves, whose error is that of fp32 sums; plain TF32 keeps 11 bits
+# fp32 as three products of TF32 halves: the error of fp32 sums. Plain TF32 keeps 11 bits.
 PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit
 def _triangle(p):
-    """Row i <= column j of element p of an upper triangle stored column after column; exact for p < 2^20."""
+    """Return row i <= column j of element p of an upper triangle stored by columns; exact for p < 2^20."""
     j = ((tl.sqrt_rn(p * 8.0 + 1.0) - 1.0) * 0.5).to(tl.int32)
     return p - j * (j + 1) // 2, j
 
 
 @triton.jit
 def _tile_of(p, tiles_m, tiles_n, TRIANGLE: tl.constexpr):
-    """Block row and column of program p: GROUP block columns at a time, row after row."""
+    """Return block row and column of program p: GROUP block columns at a time, row after row."""
     if TRIANGLE:
         _, j = _triangle(p)  # pyright: ignore[reportGeneralTypeIssues]
         start = j // GROUP * GROUP
@@ -66,7 +67,7 @@ def _tile_of(p, tiles_m, tiles_n, TRIANGLE: tl.constexpr):
 
 @triton.jit
 def _centred(rows, mean, b_mean, o_o, o_k, size, end, stride, GRAM: tl.constexpr):
-    """Operand [O, K] of the product, 0 outside: rows o of Z - mean (gram) or columns o of it (covariance)."""
+    """Load an operand [O, K] of the product, 0 outside: rows o (gram) or columns o (covariance) of Z - mean."""
     m_k = o_k < end
     mask = (o_o < size)[:, None] & m_k[None, :]
     if GRAM:
@@ -80,7 +81,7 @@ def _centred(rows, mean, b_mean, o_o, o_k, size, end, stride, GRAM: tl.constexpr
 
 @triton.jit
 def _hinge(b_var, mask, width, count, target, eps):
-    """Sum over columns of the hinge on the standard deviation / D, and its derivative's factor of Z - mean [BD]."""
+    """Return the sum over columns of the hinge / D, and slopes [BD]: factors of Z - mean in its gradient."""
     b_std = tl.sqrt_rn(tl.where(b_var < 0.0, 0.0, b_var) + eps)  # below 0 by rounding only
     b_loss = tl.where(mask & ~(b_std >= target), target - b_std, 0.0)  # so written, NaN stays NaN
     return tl.sum(b_loss) / width, tl.where(b_std < target, -1.0 / (b_std * width * (count - 1.0)), 0.0)
@@ -102,7 +103,7 @@ def _column_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program takes all rows of BLOCK_D columns, twice: mean, then variance about it."""
+    """Compute the mean, then the variance about it, of all rows of BLOCK_D columns."""
     i_d = tl.program_id(0)
     i_v = tl.program_id(1).to(tl.int64)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -152,7 +153,7 @@ def _product_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program takes one tile [BLOCK, BLOCK] of one view's product, over one split of the reduction."""
+    """Compute one tile [BLOCK, BLOCK] of one view's product, over one split of the reduction."""
     i_p = tl.program_id(0)
     i_s = tl.program_id(1)
     i_v = tl.program_id(2).to(tl.int64)
@@ -217,7 +218,7 @@ def _finish_kernel(
     BLOCK: tl.constexpr,
     SUB: tl.constexpr,
 ):
-    """One program takes one square [SUB, SUB] of a tile: adds splits, corrects, squares, stores it and its mirror."""
+    """Add the splits of one square [SUB, SUB] of a tile, correct, square, store it and its mirror image."""
     PARTS: tl.constexpr = BLOCK // SUB
     i_q = tl.program_id(0)
     i_v = tl.program_id(1).to(tl.int64)
@@ -257,7 +258,7 @@ def _finish_kernel(
                 o_vd = i_v * width + o_m
                 tl.store(slopes + o_vd, b_slope, mask=m_d)
                 tl.store(mean + o_vd, tl.load(shift + o_vd, mask=m_d) + b_x_m, mask=m_d)
-        # the diagonal is taken out before squaring: subtracting its energy afterwards would cancel
+        # Remove the diagonal before squaring: subtracting its energy afterwards would cancel.
         b_g = tl.where(diagonal, 0.0, b_g)
         scale = 1.0 / width
     mirrored = False
@@ -299,7 +300,7 @@ def _bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program takes one tile [BLOCK_M, BLOCK_N] of one view's gradient."""
+    """Compute one tile [BLOCK_M, BLOCK_N] of one view's gradient."""
     i_v = tl.program_id(1).to(tl.int64)
     views = tl.num_programs(1).to(tl.int64)
     i_m, i_n = _tile_of(tl.program_id(0), tl.cdiv(size, BLOCK_M), tl.cdiv(width, BLOCK_N), False)  # pyright: ignore[reportGeneralTypeIssues]
@@ -346,16 +347,17 @@ def fwd(
     rows: Tensor, first: int, own: int, count: int, gram: bool, with_grad: bool, target: float, eps: float,
     add_ranks: Callable[[Tensor], Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The terms [2, V] fp32 (std, cov) of the global batch, and what `bwd` needs (of no element if not asked for).
+    """Return the terms [2, V] fp32 (std, cov) of the batch of all ranks, and the tensors for `bwd`.
 
     Args:
         rows: [.., V, D], the last dimension contiguous. Covariance form: this rank's rows; gram form: all `count` rows
-            of the global batch, of which this rank's begin at `first`.
+            of all ranks, of which this rank's begin at `first`.
         own: number of this rank's rows, the same on every rank.
         add_ranks: sums a tensor over ranks in place; called on every rank alike, if own < count.
 
     Returns the terms; C - diag C [V, D, D] or Zc Zc^T / D [V, own, count] in the rows' type; the mean [V, D] fp32; and
-    the factors of Z - mean in the gradients, [1, V, D] (std) or [2, V, D] (std, cov) fp32.
+    the factors of Z - mean in the gradients, [1, V, D] (std) or [2, V, D] (std, cov) fp32. Without `with_grad`, all but
+    the terms are empty.
     """
     _, views, width = rows.shape
     assert rows.stride(2) == 1 or width == 1
@@ -383,7 +385,7 @@ def fwd(
             )  # fmt: skip
         else:
             centre, columns = rows[:SHIFT_ROWS].mean(dim=0, dtype=torch.float32), None
-            if several:  # the same on every rank, so that the moments about it add up
+            if several:  # the same mean on every rank, so that moments about the mean add up
                 add_ranks(centre)
                 centre *= own / count
         for start in range(0, views, group):
@@ -417,9 +419,9 @@ def bwd(
     upstream: Tensor, rows: Tensor, first: int, own: int, count: int, gain: float,
     matrix: Tensor, mean: Tensor, slopes: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The gradient [own, V, D] in the rows' type from the upstream gradient [2, V] fp32, multiplied by `gain`.
+    """Return the gradient [own, V, D] in the rows' type from the upstream gradient [2, V] fp32, multiplied by `gain`.
 
-    The other arguments are those of `fwd` and what it returned.
+    The other arguments are those of `fwd` and its results.
     """
     _, views, width = rows.shape
     gram = slopes.shape[0] == 2
@@ -442,13 +444,13 @@ def bwd(
 SHIFT_ROWS = 256  # rows whose mean is subtracted provisionally: off by 1/16 sigma, which costs no digit
 MULTIPROCESSORS = 132  # of an H100 or H200; a constant, so that results do not depend on the GPU
 MIN_CHUNK = 256  # shortest reduction that is worth a program
-STORE = 400  # what writing and reading a partial tile costs, in steps of its reduction
+STORE = 400  # cost of writing and reading a partial tile, in steps of its reduction
 MAX_PARTIALS = 32 << 20  # bytes of partial tiles at a time; more only where one view alone has more
 
 COLUMN_TILE: dict[str, Any] = {"BLOCK_N": 64, "BLOCK_D": 64, "num_warps": 4}
 FINISH_TILE: dict[str, Any] = {"SUB": 64, "num_warps": 4}
 SUB: int = FINISH_TILE["SUB"]
-# fp32 tiles are smaller: both halves of every operand wait in registers
+# fp32 tiles are smaller, as registers hold both halves of every operand.
 PRODUCT_TILES: dict[str, dict[str, Any]] = {
     "large": {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     "small": {"BLOCK": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
@@ -462,7 +464,7 @@ BWD_TILES: dict[str, dict[str, Any]] = {
 
 
 def _size(dtype: torch.dtype, programs: int) -> str:
-    """Which tiles to take where large ones would make this many programs."""
+    """Return the size of tiles to take if large ones would make this many programs."""
     return "fp32" if dtype == torch.float32 else "large" if programs >= MULTIPROCESSORS // 2 else "small"
 
 
@@ -471,7 +473,7 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _tiles(size_m: int, size_n: int, block: int) -> int:
-    """Tiles of the product: the triangle of a square one."""
+    """Return the number of tiles of the product, of which a square one needs a triangle."""
     rows, columns = _cdiv(size_m, block), _cdiv(size_n, block)
     return columns * (columns + 1) // 2 if size_m == size_n else rows * columns
 
@@ -479,7 +481,7 @@ def _tiles(size_m: int, size_n: int, block: int) -> int:
 def _product_schedule(
     dtype: torch.dtype, size_m: int, size_n: int, length: int, views: int
 ) -> tuple[dict[str, Any], int, int, int, int]:
-    """Tile, tiles per view, splits of the reduction, views at a time, and steps of the reduction per split."""
+    """Return tile, tiles per view, splits of the reduction, views at a time, and steps of the reduction per split."""
     pieces = max(1, length // MIN_CHUNK)
     large = PRODUCT_TILES["large"]["BLOCK"]
     tile = PRODUCT_TILES[_size(dtype, _tiles(size_m, size_n, large) * views * pieces)]
@@ -498,7 +500,7 @@ def _product_schedule(
 
 
 def _aot() -> list[dict[str, Any]]:
-    """The shipped tiles, for ahead-of-time compilation; ":16" marks arguments known to be multiples of 16."""
+    """List the shipped tiles for ahead-of-time compilation; ":16" marks multiples of 16."""
     tiles: list[dict[str, Any]] = []
 
     def add(name: str, kernel: Any, pointers: dict[str, str], numbers: str, constants: dict[str, Any]) -> None:

@@ -12,15 +12,15 @@ def assert_no_worse(
     fn: Callable[..., Tensor], ref: Callable[..., Tensor], args: Sequence[Tensor], dtype: torch.dtype,
     factor: float = 2.0, ulps: float = 2.0,
 ) -> None:  # fmt: skip
-    """Compares `fn` in `dtype` with `ref` in `dtype` (the yardstick), both against `ref` in fp64 (the truth).
+    """Assert that `fn` errs little more than `ref` in `dtype` (the yardstick), against `ref` in fp64 (the truth).
 
-    Output and the gradient of every argument, for a non-constant upstream gradient. Each of ours has the truth's shape,
-    the type `dtype` and finite values, and its largest error is at most
+    Compare output and the gradient of every argument, for a non-constant upstream gradient. Each of ours has the
+    truth's shape, the type `dtype` and finite values, and its largest error is at most
         factor * (largest error of the yardstick) + ulps * eps(dtype) * (largest absolute true value).
 
     Args:
-        fn, ref: functions of `args` that return one tensor of their arguments' dtype. Integer arguments belong into
-            the closures: all of `args` are differentiated.
+        fn, ref: functions of `args` that return one tensor of their arguments' dtype. Closures hold integer arguments,
+            as all of `args` are differentiated.
         args: rounded to `dtype` first, so that all three runs start from the same values.
     """
     rounded = [arg.to(dtype) for arg in args]
@@ -40,7 +40,7 @@ def assert_no_worse(
 def _run(f: Callable[..., Tensor], args: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     leaves = [arg.to(dtype).clone().requires_grad_() for arg in args]
     output = f(*leaves)
-    # counted from 1: sin(0) would multiply the gradients of a scalar by zero
+    # from 1: sin(0) would multiply the gradients of a scalar by zero
     upstream = torch.arange(1, output.numel() + 1, dtype=torch.float64, device=output.device).sin()
     grads = torch.autograd.grad(output, leaves, upstream.view(output.shape).to(output.dtype))
     return [output.detach(), *grads]

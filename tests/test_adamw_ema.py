@@ -29,7 +29,7 @@ TENSORS = ("parameters", "exp_avgs", "exp_avg_sqs", "averages")
 
 
 class State(NamedTuple):
-    """What a step changes; the parameter of three dimensions has no average."""
+    """The tensors that a step changes; the parameter of three dimensions has no average."""
 
     parameters: list[Tensor]
     exp_avgs: list[Tensor]
@@ -39,7 +39,7 @@ class State(NamedTuple):
 
 
 def place(value: Tensor, offset: int = 0) -> Tensor:
-    """A copy on the device that begins `offset` elements after an aligned address, between sevens."""
+    """Return a copy on the device, `offset` elements after an aligned address, between sevens."""
     storage = torch.full((offset + value.numel() + 4,), 7.0, dtype=value.dtype, device=DEVICE)
     inner = storage[offset : offset + value.numel()]
     inner.copy_(value.flatten())
@@ -56,7 +56,7 @@ def start(shapes: Sequence[tuple[int, ...]] = SHAPES, offset: int = 0) -> State:
 
 
 def gradients(step: int, shapes: Sequence[tuple[int, ...]] = SHAPES) -> list[Tensor]:
-    """Of every size from 1e-6 to 1e2; some elements never have one, so that eps decides."""
+    """Return gradients of every size from 1e-6 to 1e2; some elements never have one, so that eps decides."""
     generator = torch.Generator().manual_seed(1000 + step)
     grads = [torch.randn(shape, generator=generator) for shape in shapes]
     sizes = [10.0 ** (torch.arange(grad.numel()) % 9 - 6).view(grad.shape) for grad in grads]
@@ -79,7 +79,7 @@ def take(state: State, grads: list[Tensor], hyper: Tensor, impl: str = "triton",
 
 
 def plan(step: int) -> tuple[float, float, float]:
-    """Learning rate, weight decay and momentum, all changing."""
+    """Return changing learning rates, weight decays and momenta."""
     return 1e-3 * (1 + step % 7), 0.04 + 0.003 * step, 0.99 + 1e-4 * (step % 90)
 
 
@@ -89,7 +89,7 @@ def same(a: State, b: State) -> bool:
 
 
 def worst(state: State, truth: dict[str, list[Any]], name: str) -> tuple[float, float]:
-    """Largest error of a column, relative to the largest true value of each tensor, and that of one fp32 rounding."""
+    """Return a column's largest error, relative to each tensor's largest true value, and that of one fp32 rounding."""
     errors = [
         ((tensor.double() - true).abs().max() / true.abs().max()).item()
         for tensor, true in zip(getattr(state, name), truth[name], strict=True)
@@ -146,7 +146,7 @@ def test_a_hundred_steps_are_no_worse_than_torch() -> None:
 
 
 def test_second_moment_is_more_exact_than_torchs() -> None:
-    """1 - beta2 keeps its digits: over many equal gradients v tends to g^2 and not to 1.00001 g^2."""
+    """1 - beta2 keeps its digits: over many equal gradients v tends to g^2, not to 1.00001 g^2."""
     state = start([(8,)])
     grad = [place(torch.full((8,), 3.0))]
     state.exp_avg_sqs[0].fill_(9.0)
@@ -157,7 +157,7 @@ def test_second_moment_is_more_exact_than_torchs() -> None:
 
 @pytest.mark.parametrize("before", [0, 1, 9, 999, 999_999])
 def test_bias_correction_is_exact_at_any_step(before: int) -> None:
-    """Moments as after `before` steps of gradient 1: the update is lr / (1 + eps) whatever the step."""
+    """With the moments after `before` steps of gradient 1, the update is lr / (1 + eps) at any step."""
     state, (beta1, beta2) = start([(4,)]), BETAS
     state.parameters[0].zero_()
     state.steps[0].fill_(before)
@@ -171,7 +171,7 @@ def test_bias_correction_is_exact_at_any_step(before: int) -> None:
 
 @pytest.mark.parametrize("momentum", [0.996, 0.9999997, 0.5, 0.3])
 def test_averages_are_lerps(momentum: float) -> None:
-    """Compiled, the bits of torch.lerp; interpreted, which rounds a multiply-add twice, one ulp of the larger end."""
+    """Compiled: the bits of torch.lerp. Interpreted: one ulp of the larger end, as a multiply-add rounds twice."""
     state = start()
     before = [None if a is None else a.clone() for a in state.averages]
     take(state, gradients(0), hyperparameters(1e-3, 0.1, momentum))
@@ -186,7 +186,7 @@ def test_averages_are_lerps(momentum: float) -> None:
 
 @pytest.mark.parametrize("momentum", [0.996, 0.9999997])
 def test_one_minus_momentum_keeps_its_digits(momentum: float) -> None:
-    """Needs no tolerance: an average of zero becomes (1 - momentum) * parameter, rounded once from fp64's weight."""
+    """Exactly: an average of zero becomes (1 - momentum) * parameter, with the weight rounded once from fp64."""
     state = start([(1029,)])
     average = state.averages[0]
     assert average is not None
@@ -196,7 +196,7 @@ def test_one_minus_momentum_keeps_its_digits(momentum: float) -> None:
 
 
 def test_averages_at_the_ends() -> None:
-    """Needs no tolerance: momentum 0 copies the parameter, 1 keeps the average, an equal average stays equal."""
+    """Exactly: momentum 0 copies the parameter, 1 keeps the average, an equal average stays equal."""
     state = start()
     take(state, gradients(0), hyperparameters(1e-3, 0.1, momentum=0.0))
     assert all(a is None or torch.equal(a, p) for a, p in zip(state.averages, state.parameters, strict=True))
@@ -210,7 +210,7 @@ def test_averages_at_the_ends() -> None:
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_unaligned_tensors_agree_bitwise(offset: int) -> None:
-    """As shards and gradients of FSDP2 are; and nothing is written beside them."""
+    """As in FSDP2's shards and gradients; neighbouring memory stays."""
     aligned, shifted = start(), start(offset=offset)
     for step in range(2):
         take(aligned, gradients(step), hyperparameters(1e-3, 0.1))
@@ -240,7 +240,7 @@ def test_twice_gives_the_same_bits() -> None:
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # beta 0: the logarithm's infinity is right
 def test_every_tensor_has_its_own_hyperparameters() -> None:
-    """Three groups that differ in everything, against one call each."""
+    """Three groups with different hyperparameters, against one call each."""
     rows = torch.tensor(
         [[1e-3, 0.1, 0.9, 0.999, 1e-8, 0.9], [2e-2, 0.0, 0.8, 0.95, 1e-3, 0.5], [0.0, 0.3, 0.0, 0.5, 1e-6, 0.1]],
         dtype=torch.float64, device=DEVICE,
@@ -271,7 +271,7 @@ def test_more_tensors_than_lanes() -> None:
 
 
 def test_bf16_gradients() -> None:
-    """Alone and among fp32 ones, they give what their values give in fp32."""
+    """Alone and beside fp32 ones, they give the result of their values in fp32."""
     expected, alone, mixed = start(), start(), start()
     rounded = [grad.bfloat16() for grad in gradients(0)]
     take(expected, [grad.float() for grad in rounded], hyperparameters(1e-3, 0.1))
@@ -283,7 +283,7 @@ def test_bf16_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_copies(dtype: torch.dtype, exact: bool) -> None:
-    """To the nearest on a GPU; the interpreter truncates, so that without one only where they go is judged."""
+    """To the nearest on a GPU. The interpreter truncates, so without a GPU only the destinations are tested."""
     state = start()
     copies, average_copies = (
         [None if t is None or i == skip else torch.full_like(t, 7, dtype=dtype) for i, t in enumerate(column)]
@@ -303,7 +303,7 @@ def test_copies(dtype: torch.dtype, exact: bool) -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # from the interpreter; meant
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_gradients_that_are_not_finite_reach_the_parameter(value: float) -> None:
-    """The same elements as in torch's fused optimizer, for good, and no others."""
+    """NaN reaches the same elements as in torch's fused optimizer, and stays."""
     state, theirs = start(), start()
     optimizer = torch.optim.AdamW(theirs.parameters, fused=True)
     for step in range(2):
@@ -321,7 +321,7 @@ def test_gradients_that_are_not_finite_reach_the_parameter(value: float) -> None
 
 
 def test_gradients_may_move() -> None:
-    """Fresh memory every step gives the same bits, and what the last step read is not read again."""
+    """Gradients in fresh memory give the same bits; a step does not read the last step's memory."""
     kept, moving = start(), start()
     buffers = gradients(0)
     old: list[Tensor] = []
@@ -355,7 +355,7 @@ def test_tables_are_made_again_only_for_new_addresses() -> None:
 @pytest.mark.parametrize(("average", "copies"), [(False, 0), (False, 1), (True, 0), (True, 1), (True, 2)])
 @pytest.mark.parametrize("grad_type", [torch.float32, torch.bfloat16])
 def test_traffic(average: bool, copies: int, grad_type: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every byte is touched once, as the model says by which bandwidth is judged; aligned and not."""
+    """A step touches every byte once, as `bytes_per_parameter` says; aligned and not."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     from cjepa_fast.kernels import adamw_ema as kernel
@@ -399,7 +399,7 @@ def test_no_parameters_and_no_elements() -> None:
 
 
 def test_eager_is_the_reference() -> None:
-    """In fp64, which the kernel does not take."""
+    """In fp64, which the kernel refuses."""
     state = State(*([None if t is None else t.double() for t in column] for column in start()[:4]), start().steps)
     before, averages = ([None if t is None else t.clone() for t in column] for column in (state[0], state[3]))
     grads = [grad.double() for grad in gradients(0)]
@@ -437,7 +437,7 @@ def test_registration(averages: bool, copies: bool) -> None:
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_compiled_whole_graph(impl: str) -> None:
-    """Without graph break, the bits of the uncompiled function, one tensor having no average."""
+    """The bits of the uncompiled function, without graph break; one tensor has no average."""
     expected, actual = start(), start()
 
     def step(state: State, grads: list[Tensor], hyper: Tensor) -> None:
@@ -451,7 +451,7 @@ def test_compiled_whole_graph(impl: str) -> None:
 
 
 def test_autograd_notices_the_change() -> None:
-    """A parameter that backward still needs has changed: torch must say so."""
+    """torch must report a change of a parameter that backward still needs."""
     parameter = torch.ones(3, device=DEVICE, requires_grad=True)
     loss = parameter.square().sum()
     zeros = [torch.zeros(3, device=DEVICE) for _ in range(2)]
@@ -525,7 +525,7 @@ def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def compiled_apart(code: str) -> str:
-    """What a process prints that compiles kernels, as this one may interpret them."""
+    """Return the output of a process that compiles kernels, as this one may interpret them."""
     result = subprocess.run(
         [sys.executable, *code.split()] if code.startswith("-m") else [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1], env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True,
@@ -535,7 +535,7 @@ def compiled_apart(code: str) -> str:
 
 
 def test_aligned_tensors_move_sixteen_bytes_at_a_time() -> None:
-    """All nine fp32 accesses of the fast way, without a detour through shared memory, and rounding by division."""
+    """All nine fp32 accesses of the aligned path, none through shared memory, and a correctly rounded division."""
     printed = compiled_apart("""
 import re, triton
 from triton.backends.compiler import GPUTarget
@@ -569,7 +569,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 @pytest.mark.gpu
 def test_cuda_graph() -> None:
-    """A replayed step reads the hyperparameters and gradients of the moment, and counts."""
+    """A replayed step reads the current hyperparameters and gradients, and counts."""
     plain, graphed = start(), start()
     buffers, hyper = gradients(0), hyperparameters(*plan(0))
     take(plain, gradients(0), hyper)

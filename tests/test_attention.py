@@ -1,4 +1,4 @@
-"""Attention: the kernels (interpreted in fp32 without a GPU), every back-end that runs here, and their choice."""
+"""Attention: the kernels (interpreted in fp32 without a GPU), and every back-end that runs here."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cjepa_fast import ops, reference
-from cjepa_fast.errors import UserError
 from cjepa_fast.ops import _attention as door
 from cjepa_fast.ops import _attention_choice as choice
 from cjepa_fast.ops import _choice
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter truncates to bf16 where hardware rounds, so 16 bits are judged on a GPU only
+# The interpreter truncates to bf16 where hardware rounds, so only a GPU tests 16 bits.
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
@@ -40,7 +39,7 @@ WIDTH = HEADS * DIM
 
 @pytest.fixture(params=["fp32", "16 bit"], autouse=False)
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter computes in fp32, with the tiles of fp32 or with those shipped for 16 bits."""
+    """Run the interpreter, which computes in fp32, with the tiles of fp32 or those shipped for 16 bits."""
     kernel = pytest.importorskip("cjepa_fast.kernels.attention")
     if request.param == "16 bit":
         if DEVICE == "cuda":
@@ -60,7 +59,7 @@ def offsets(*values: int) -> Tensor:
 
 
 def call(function: Callable[..., Tensor], heads: int = HEADS, **keywords: Any) -> Callable[..., Tensor]:
-    """`function` of qkv or of keys and values, query."""
+    """Return `function` as a function of qkv, or of keys and values and query."""
 
     def run(qkv: Tensor, query: Tensor | None = None) -> Tensor:
         return function(qkv, heads, query=query, **keywords)
@@ -72,7 +71,7 @@ def assert_right(
     args: Sequence[Tensor], dtype: torch.dtype = torch.float32, heads: int = HEADS, impl: str = "triton",
     max_length: int | None = None, max_query_length: int | None = None, **keywords: Any,
 ) -> None:  # fmt: skip
-    """The oracle's verdict on output and all gradients."""
+    """Ask the oracle about output and all gradients."""
     lengths = {"max_length": max_length, "max_query_length": max_query_length}
     fused = call(ops.attention, heads, impl=impl, **lengths, **keywords)
     assert_no_worse(fused, call(reference.packed_attention, heads, **keywords), args, dtype)
@@ -92,7 +91,7 @@ def test_queries_from_elsewhere(queries: int, keys: int, dtype: torch.dtype, til
 
 
 def test_one_token(tiles: None) -> None:
-    """Its output is its value; query and key get no gradient, up to the rounding of two equal sums of 24 products."""
+    """The output is the value; query and key get no gradient, up to the rounding of two equal sums of 24 products."""
     qkv = rows(3, 1, 3 * WIDTH).requires_grad_()
     out = ops.attention(qkv, HEADS, impl="triton")
     assert torch.equal(out, qkv[..., 2 * WIDTH :])
@@ -111,7 +110,7 @@ def packing(*parts: dict[str, Any]) -> dict[str, Any]:
     return {k: offsets(*v) if isinstance(v, tuple) else v for part in parts for k, v in part.items()}
 
 
-ON_A_CPU = [] if DEVICE == "cuda" else ["sdpa"]  # of packed sequences: knows their lengths
+ON_A_CPU = [] if DEVICE == "cuda" else ["sdpa"]  # there, the host knows the lengths of packed sequences
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,7 +180,7 @@ def test_back_ends_of_a_gpu(impl: str, dtype: torch.dtype) -> None:
 
 
 def loop(q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Sequence[int]) -> Tensor:
-    """[T, heads, d] one sequence after the other; rows behind the last are left unwritten."""
+    """Attend [T, heads, d], one sequence after another; NaN in the padding."""
     out = []
     for (a, b), (c, d) in zip(itertools.pairwise(q_starts), itertools.pairwise(k_starts), strict=True):
         sequence = reference.attention(*(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d])))
@@ -192,7 +191,7 @@ def loop(q: Tensor, k: Tensor, v: Tensor, q_starts: Sequence[int], k_starts: Seq
 @pytest.mark.skipif(DEVICE == "cuda", reason="the real one runs")
 @pytest.mark.parametrize("form", ["fixed", "packed", "query", "structured"])
 def test_xformers_is_called_rightly(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for what does not run here: shapes, lengths, padding."""
+    """With a stand-in, as xformers does not run here: shapes, lengths, padding."""
 
     def memory_efficient_attention(
         q: Tensor, k: Tensor, v: Tensor, attn_bias: tuple[list[int], list[int]] | None = None
@@ -247,8 +246,8 @@ def test_strided_inputs_agree_bitwise() -> None:
 
 
 def test_large_logits(tiles: None) -> None:
-    """Up to +-600. Every fused kernel takes the weights anew in its backward pass, which costs digits as logits grow,
-    so the yardstick is torch's fused kernel."""
+    """Up to +-600. The yardstick is torch's fused kernel: recomputing the weights in backward costs digits, in any
+    fused kernel."""
     qkv = rows(1, 70, 3 * 32)
     qkv[..., :64] *= 12
     assert_no_worse(call(ops.attention, 1, impl="triton"), call(ops.attention, 1, impl="sdpa"), [qkv], torch.float32)
@@ -256,7 +255,7 @@ def test_large_logits(tiles: None) -> None:
 
 @pytest.mark.parametrize("tokens", [13, 150])
 def test_logits_far_below_zero(tokens: int, tiles: None) -> None:
-    """Near -570, where a key that is not there would win with its logit of 0."""
+    """Near -570, where a masked key would win with a logit of 0."""
     qkv = rows(1, tokens, 3 * 32)
     qkv[..., :64] /= 10
     qkv[..., :32] += 10
@@ -265,7 +264,7 @@ def test_logits_far_below_zero(tokens: int, tiles: None) -> None:
 
 
 def test_huge_logits_do_not_overflow(tiles: None) -> None:
-    """Up to +-20000, where a softmax that does not subtract the maximum gives infinities."""
+    """Up to +-20000, which overflow unless softmax subtracts the maximum."""
     qkv = rows(1, 70, 3 * 32)
     qkv[..., :64] *= 70
     qkv.requires_grad_()
@@ -276,7 +275,7 @@ def test_huge_logits_do_not_overflow(tiles: None) -> None:
 
 
 def test_one_dominating_key(tiles: None) -> None:
-    """Needs no tolerance: where one key has all the weight, each output is its value."""
+    """Exactly: if one key has all the weight, each output is its value."""
     qkv = rows(1, 150, 3 * 32)
     qkv[..., :32] = 8.0
     qkv[:, 77, 32:64] = 200.0
@@ -408,7 +407,7 @@ def test_registration(form: str) -> None:
 @pytest.mark.parametrize("impl", ["auto", "triton", "eager", "sdpa"])
 @pytest.mark.parametrize("form", ["fixed", "packed", "structured"])
 def test_compiled_and_checkpointed(form: str, impl: str, wrapper: str) -> None:
-    """Without graph break and equal to the plain call, output and gradient; the choice is made while tracing.
+    """Output and gradient equal those of the plain call, without graph break; tracing makes the choice.
 
     Compiled, "auto" may choose otherwise for packed sequences, as one program must hold for all lengths.
     """
@@ -428,7 +427,7 @@ def test_compiled_and_checkpointed(form: str, impl: str, wrapper: str) -> None:
         return out, torch.autograd.grad(out, leaf, out.detach().cos())[0]
 
     if wrapper == "compiled":
-        torch._dynamo.reset()  # so many forms of one function are not a program's
+        torch._dynamo.reset()  # else these many forms exceed the limit of recompilations
         wrapped = torch.compile(attend, fullgraph=True, backend="aot_eager")
     else:
         wrapped = lambda x: checkpoint(attend, x, use_reentrant=False)  # noqa: E731
@@ -447,7 +446,7 @@ def test_one_compiled_program_serves_a_range_of_lengths() -> None:
 
 
 def test_flops_are_those_of_sdpa() -> None:
-    """torch counts none for its CPU kernel, so its formulas are asked directly."""
+    """torch counts none for its CPU kernel, so compare with its formulas."""
     query, key = (2, HEADS, 5, DIM), (2, HEADS, 9, DIM)
     expected = sdpa_flop_count(query, key, key) + sdpa_backward_flop_count(query, query, key, key)
 
@@ -481,62 +480,6 @@ def test_eager_in_fp64_is_the_reference() -> None:
         torch.testing.assert_close(ops.attention(qkv, HEADS, impl="eager", **keywords), expected)
 
 
-def choose(impl: str = "auto", **changes: Any) -> str:
-    arguments = {
-        "device": "cuda", "index": 0, "dtype": "torch.bfloat16", "head_dim": 64, "bucket": 64, "packed": False,
-        "structured": False, "known": False,
-    }  # fmt: skip
-    return choice.choose_attention(impl, **{**arguments, **changes})
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """The choice on a machine with a GPU called "GPU", and what it says."""
-    monkeypatch.setattr(choice, "gpu_name", lambda index: "GPU")
-    _choice.announce.cache_clear()
-    with caplog.at_level(logging.INFO, logger="cjepa_fast"):
-        yield caplog
-
-
-def test_auto_without_a_measurement(gpu: pytest.LogCaptureFixture) -> None:
-    assert [choose(), choose(packed=True), choose(structured=True), choose(packed=True, head_dim=40)] == [
-        "sdpa", "triton", "triton", "eager"
-    ]  # fmt: skip
-    assert choose(structured=True, head_dim=40) == "sdpa"
-    assert gpu.messages == [
-        "attention: sdpa (no measurement for GPU)",
-        "attention (packed): triton (no measurement for GPU)",
-        "attention (structured): triton (no measurement for GPU)",
-        "attention (packed): eager (no measurement for GPU; triton cannot run: head width 40 is not among 24, 32, 64, "
-        "80, 88, 128)",
-        "attention (structured): sdpa (no measurement for GPU; triton cannot run: head width 40 is not among 24, 32, "
-        "64, 80, 88, 128)",
-    ]
-
-
-def test_auto_takes_the_fastest_measured(gpu: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: "xformers is here")
-    monkeypatch.setitem(choice.MEASURED, "GPU", {(96, 32): ("sdpa", "xformers", "triton"), (64, 32): ("triton",)})
-    chosen = [choose(bucket=bucket, head_dim=32) for bucket in (96, 64, 128)]
-    assert chosen == ["sdpa", "triton", "sdpa"]
-    assert choose(bucket=96, head_dim=32, packed=True) == "xformers"
-    assert choose(bucket=96, head_dim=32, packed=True, structured=True) == "triton"
-    assert choose(bucket=64, head_dim=32, dtype="torch.float32") == "sdpa"  # measurements are of 16 bits
-    assert gpu.messages[0] == "attention: sdpa (the fastest measured on GPU)"
-
-
-def test_measurements_name_buckets_and_back_ends() -> None:
-    for table in choice.MEASURED.values():
-        for (tokens, head_dim), ranking in table.items():
-            assert tokens in choice.TOKENS and head_dim > 0 and set(ranking) <= set(choice.BACKENDS)
-
-
-def test_auto_on_cpu() -> None:
-    assert choose(device="cpu") == choose(device="cpu", structured=True) == "sdpa"
-    assert choose(device="cpu", packed=True, known=True) == "sdpa"
-    assert choose(device="cpu", packed=True) == "eager", "compiled: the host may not look at the lengths"
-
-
 def test_lengths_fall_into_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     buckets = []
     monkeypatch.setattr(door, "choose_attention", lambda *args: buckets.append(args[5]) or "eager")
@@ -544,95 +487,6 @@ def test_lengths_fall_into_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.attention(rows(1, tokens, 3), 1)
         ops.attention(rows(1, 2), 1, query=rows(1, 1, 1), offsets=offsets(0, 1), max_length=tokens)
     assert buckets == [b for bucket in (32, 32, 64, 96, 1024, 0) for b in (bucket, bucket)]
-
-
-@pytest.mark.parametrize(
-    "impl, changes, message",
-    [
-        ("fast", {}, "unknown impl 'fast' for attention; known: auto, triton, sdpa, xformers, eager"),
-        ("triton", {"dtype": "torch.float64"}, r"dtype torch\.float64 is not fp32, bf16 or fp16"),
-        ("triton", {"head_dim": 40}, "head width 40 is not among 24, 32, 64, 80, 88, 128"),
-        ("triton", {"bucket": 0}, "sequences are longer than 1024 tokens"),
-        ("sdpa", {"packed": True}, "packed sequences would have to be padded"),
-    ],
-)
-def test_impl_that_cannot_run_is_refused(impl: str, changes: dict[str, Any], message: str) -> None:
-    """Also where "auto" would run another."""
-    with pytest.raises(UserError, match=message):
-        choose(impl, **changes)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"packed": True, "structured": True}, "packed sequences with target blocks would have to be taken apart"),
-        ({"device": "cpu"}, "the tensors are on cpu, not cuda"),
-        ({"dtype": "torch.float64"}, r"dtype torch\.float64 is not fp32, bf16 or fp16"),
-        ({"head_dim": 20}, "head width 20 is not a multiple of 8"),
-        ({"head_dim": 264}, "head width 264 is over 256"),
-    ],
-)
-def test_xformers_that_cannot_run_is_refused(
-    changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: "xformers is here")
-    assert choose("xformers") == choose("xformers", packed=True) == choose("xformers", structured=True) == "xformers"
-    with pytest.raises(UserError, match=message):
-        choose("xformers", **changes)
-
-
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(UserError, match="impl='triton' cannot run attention: triton is not installed; take another"):
-        choose("triton")
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="xformers is not installed"):
-        choose("xformers")
-
-
-def require(impl: str, device: str = "cuda", **changes: Any) -> None:
-    arguments = {
-        "dtype": torch.bfloat16, "head_dims": (64,), "length": 196, "packed": False, "structured": False,
-        "compiled": False,
-    }  # fmt: skip
-    ops.require_attention(impl, device, **{**arguments, **changes})
-
-
-@pytest.mark.parametrize(
-    "impl, device, changes, message",
-    [
-        ("flash", "cuda", {}, "unknown 'flash'; known: auto, triton, sdpa, xformers, eager"),
-        ("triton", "cpu", {}, "triton cannot run: the tensors are on cpu, not cuda (or set TRITON_INTERPRET=1); use "
-         "auto"),
-        ("triton", "cuda", {"head_dims": (64, 12)}, "triton cannot run: head width 12 is not among 24, 32, 64, 80, 88, "
-         "128; use auto"),
-        ("triton", "cuda", {"length": 1025}, "triton cannot run: sequences are longer than 1024 tokens; use auto"),
-        ("triton", "cuda", {"dtype": torch.float64}, "triton cannot run: dtype torch.float64 is not fp32, bf16 or "
-         "fp16; use auto"),
-        ("sdpa", "cuda", {"packed": True}, "sdpa cannot run: packed sequences would have to be padded; use auto"),
-        ("sdpa", "cpu", {"packed": True, "compiled": True}, "sdpa cannot run: packed sequences would have to be "
-         "padded; use auto"),
-        ("xformers", "cuda", {}, "xformers cannot run: xformers is not installed; use auto"),
-    ],
-)  # fmt: skip
-def test_what_cannot_run_is_refused_before_a_run(
-    impl: str, device: str, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError) as refused:
-        require(impl, device, **changes)
-    assert str(refused.value) == f"runtime.attention: {message}"
-
-
-def test_what_can_run_is_not_refused() -> None:
-    everything = {"packed": True, "structured": True, "compiled": True}
-    for impl in ("auto", "triton", "eager"):
-        require(impl, **everything)
-    for impl in ("auto", "eager"):
-        require(impl, "cpu", **everything, dtype=torch.float64, head_dims=(7,), length=5000)
-    require("sdpa", structured=True, compiled=True)
-    require("sdpa", "cpu", packed=True, structured=True)
 
 
 def test_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -671,7 +525,7 @@ def test_arguments_that_do_not_match_are_refused(
 
 
 def test_every_tile_in_use_is_compiled_ahead_of_time() -> None:
-    """Widths 24 and 32 differ in a mask only."""
+    """Widths 24 and 32 share tiles; they differ in a mask only."""
     kernel = pytest.importorskip("cjepa_fast.kernels.attention")
     assert tuple(kernel.PARTS) == choice.TRITON_HEAD_DIMS and choice.TOKENS[-1] == 1024
 

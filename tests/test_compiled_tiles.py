@@ -1,4 +1,4 @@
-"""Every tile of every kernel that is shipped, ahead of time for Ampere, Hopper and Blackwell: no GPU is needed."""
+"""Every shipped tile of every kernel, compiled for Ampere, Hopper and Blackwell without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The target encoder's linear layers in float8: as precise as 3 bits are, scaled row by row, never stale."""
+"""The target encoder's linear layers in float8: the precision of 3 bits, a scale per row, never stale."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHAPES = [(64, 96, 32), (5, 64, 48), (1, 16, 16)]  # rows, K, N
 
 
 def scales_rows() -> bool:
-    """Whether torch._scaled_mm does on this machine: that of torch 2.11 does on GPUs alone."""
+    """Return whether torch._scaled_mm scales rows on this machine; in torch 2.11, only on GPUs."""
     one = torch.ones(16, 16).bfloat16()
     try:
         ops.float8_linear(one, *ops.quantise_rows(one), one[0])
@@ -66,7 +66,7 @@ def test_rounding_is_that_of_three_bits() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_of_a_product_is_bounded(shape: tuple[int, int, int], impl: str) -> None:
-    """By what its factors' rounding explains, for each output; and it is no smaller, as of a product in 16 bits."""
+    """The factors' rounding bounds each output's error; a product in 16 bits would err less than the lower bound."""
     rows, columns, width = shape
     x, weight, bias = numbers(rows, columns), numbers(width, columns, seed=1), numbers(width, seed=2)
     truth = x.double() @ weight.double().T + bias.double()
@@ -75,14 +75,14 @@ def test_error_of_a_product_is_bounded(shape: tuple[int, int, int], impl: str) -
     magnitude = x.abs().double() @ weight.abs().double().T
     # (1 + 2^-4)^2 - 1 from float8, half of that again for values under the normal range; 2^-8 each from bf16
     assert (error <= 0.2 * magnitude + 2**-7 * (truth.abs() + bias.abs())).all()
-    if rows * width > 1000:  # of normal factors each errs by 2.6 % rms, their product by a root of two more
+    if rows * width > 1000:  # normal factors err by 2.6 % rms each, their product by sqrt(2) times that
         assert 0.03 < (error.square().mean() / truth.square().mean()).sqrt() < 0.045
 
 
 @needs_scaled_rows
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_equal_their_plain_twin(shape: tuple[int, int, int]) -> None:
-    """Quantised alike: what is left is bf16's rounding of the result."""
+    """Only bf16's rounding of the result differs."""
     rows, columns, width = shape
     x, weight, bias = (y.bfloat16() for y in (numbers(rows, columns), numbers(width, columns), numbers(width, seed=2)))
     ours, twin = (product(x, weight, bias, impl).float() for impl in ("auto", "eager"))
@@ -91,7 +91,7 @@ def test_products_equal_their_plain_twin(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_stands_alone(impl: str) -> None:
-    """Zeros, outliers and what is not finite reach no other row."""
+    """Zeros, outliers, infinities and NaN reach no other row."""
     x, weight, bias = numbers(6, 32), numbers(16, 32, seed=1), numbers(16, seed=2)
     plain = product(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), impl)
     x[0], x[1, 3], x[2, 5], x[3, 7] = 0, 1e30, torch.inf, torch.nan
@@ -147,12 +147,12 @@ def test_embeddings_are_near_those_in_16_bits() -> None:
     images, _ = batch()
     plain, ours, twin = (target_embeddings(networks(impl).target_encoder, images) for impl in (None, "auto", "eager"))
     assert 0.01 < relative(ours, plain) < 0.1
-    # a value that rounds otherwise in bf16 may round otherwise in float8
+    # another rounding in bf16 may tip a value to its neighbour in float8
     assert relative(ours, twin) < relative(ours, plain) / 2
 
 
 def test_cuts_and_parts_change_nothing() -> None:
-    """The union of the targets alone, and micro-batches: rows are rounded as in the whole batch.
+    """Unions of targets and micro-batches round each token as the whole batch does.
 
     In fp32 beside float8: rounding in bf16 would tip some values over to float8's next.
     """
@@ -168,7 +168,7 @@ def test_cuts_and_parts_change_nothing() -> None:
 
 
 def test_products_get_whole_biases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a part of one, as the last block's queries would have, Inductor makes a wrong view for a GPU, and fails."""
+    """Inductor fails on a GPU with a part of a bias, as the last block's queries would have."""
     encoder, (images, (masks,)), parts = networks("eager", torch.float32).target_encoder, batch(), []
     plain = ops.float8_linear
 
@@ -205,7 +205,7 @@ def test_weights_are_rounded_once_a_step_and_follow_the_average(monkeypatch: pyt
 
 
 def test_sharded_weights_are_rounded_where_they_are_whole(tmp_path: Path) -> None:
-    """In a group of one process; in fp32 beside float8, for which FSDP2 gathers the weights as they are."""
+    """In a group of one process, in fp32 beside float8: FSDP2 then gathers the weights unrounded."""
     images, _ = batch()
     plain, sharded = (networks("eager", torch.float32).target_encoder for _ in range(2))
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
@@ -265,7 +265,7 @@ def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2048, 1280, 5120), (77, 192, 576), (1, 384, 384)], ids=str)
 def test_products_on_a_gpu(shape: tuple[int, int, int]) -> None:
-    """Within twice the twin's error; the tensor cores' sums are shorter than fp32's."""
+    """The tensor cores sum less precisely than fp32."""
     if torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("the GPU has no float8")
     rows, columns, width = shape

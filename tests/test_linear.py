@@ -43,7 +43,7 @@ def test_no_worse_than_torch(shape: tuple[int, ...], bias: bool, gelu: bool) -> 
 
 
 def test_the_product_is_onednns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and for the gradient of x, once each; asked for eager, or in fp64, none."""
+    """oneDNN computes the output and the gradient of x; nothing for "eager" or in fp64."""
     calls: list[tuple[int, ...]] = []
     whole = _linear._product
 
@@ -101,7 +101,7 @@ def test_flop_are_counted() -> None:
 
 
 def test_compiles_into_one_graph() -> None:
-    """With inductor, too, which refuses weights of oneDNN's operation that it has not packed itself."""
+    """Also with Inductor, which refuses oneDNN's operation for weights that Inductor has not packed."""
     x, weight, bias = rows(3, 5, 8).requires_grad_(), rows(6, 8, seed=1).requires_grad_(), rows(6, seed=2)
     compiled = torch.compile(lambda *args: ops.linear(*args, gelu=True), fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, bias), ops.linear(x, weight, bias, gelu=True))

@@ -14,7 +14,7 @@ from cjepa_fast.networks.heads import GlobalBatchNorm, Projector
 
 
 def wave(*shape: int, phase: float = 0.0) -> torch.Tensor:
-    """Non-constant, correlated across dimensions, with uneven variances."""
+    """Return non-constant values, correlated across dimensions, with uneven variances."""
     count = torch.arange(math.prod(shape), dtype=torch.float64)
     wave = torch.sin(count * 1.7 + phase) + 0.3 * torch.cos(count**2)
     return wave.reshape(shape) * torch.linspace(0.2, 2, shape[-1])

@@ -19,7 +19,7 @@ from masking import make
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter truncates to bf16 where hardware rounds, so 16 bits are judged on a GPU only
+# The interpreter truncates to bf16 where hardware rounds, so only a GPU tests 16 bits.
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
@@ -34,7 +34,7 @@ SHAPES = [(2, 4, 16, 128, 64), (2, 3, 7, 192, 36), (3, 2, 5, 123, 17), (1, 2, 3,
 def inputs(
     shape: tuple[int, ...], index_dtype: torch.dtype = torch.int64, spread: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Predictions on both sides of smooth L1's corner, targets of mean 0.5 and deviation `spread`, random indices."""
+    """Return predictions around smooth L1's corner, targets of mean 0.5 and deviation `spread`, random indices."""
     batch, blocks, length, width, patches = shape
     generator = torch.Generator().manual_seed(0)
     predictions = 1.5 * torch.randn(batch, blocks, length, width, generator=generator)
@@ -44,7 +44,7 @@ def inputs(
 
 
 def packed_inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `inputs`, but images have 1 to N targets, which lie one after the other, NaN behind them; and offsets."""
+    """Return `inputs` with 1 to N packed targets per image, NaN as padding, and offsets."""
     predictions, targets, indices = inputs(shape)
     lengths = torch.arange(shape[0], device=DEVICE) * 5 % shape[-1] + 1
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -56,7 +56,7 @@ def packed_inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tenso
 def closures(
     targets: Tensor, indices: Tensor, kind: str, dtype: torch.dtype, offsets: Tensor | None = None
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """The kernel and the reference as functions of the predictions that return their dtype."""
+    """Return the kernel and the reference as functions of the predictions, in their dtype."""
     rounded = targets.to(dtype)
 
     def fused(predictions: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def test_union_of_the_masks_gives_the_loss_of_all_targets(impl: str, kind: str) 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_targets_of_low_variance(kind: str, dtype: torch.dtype) -> None:
-    """Where the standard deviation is near sqrt(eps), a wrong eps shows in every dtype."""
+    """A standard deviation near sqrt(eps) shows a wrong eps in every dtype."""
     predictions, targets, indices = inputs(SHAPES[1], spread=0.01)
     targets = targets - 0.5  # an offset would cost the rounded targets their digits
     assert_no_worse(*closures(targets, indices, kind, dtype), [predictions], dtype)
@@ -159,7 +159,7 @@ def test_empty_predictions(kind: str, shape: tuple[int, ...], impl: str) -> None
 
 
 def test_perfect_prediction_costs_nothing() -> None:
-    """Needs no tolerance: rows of +-1 in equal numbers are their own layer norm if eps vanishes beside variance."""
+    """Exactly: tokens of equally many +1 and -1 are their own layer norm if eps vanishes beside the variance."""
     _, _, indices = inputs(SHAPES[0])
     targets = 1e4 * torch.tensor([1.0, -1.0], device=DEVICE).repeat(2, 64, 64)
     predictions = targets[:, :1, None].sign().repeat(1, 4, 16, 1).requires_grad_()
@@ -184,7 +184,7 @@ def test_index_outside_the_image_is_loud(bad: int) -> None:
 
 @pytest.mark.parametrize("image, bad", [(0, -1), (1, -1), (0, 1), (2, 11)])
 def test_slot_of_another_image_is_loud(image: int, bad: int) -> None:
-    """Before the image's first target or behind its last, also where the neighbour has a target."""
+    """Before the image's first target or behind its last, also if a neighbour has a target there."""
     predictions, targets, indices, offsets = packed_inputs(SHAPES[2])
     assert offsets.tolist() == [0, 1, 7, 18] and ops.prediction_loss(
         predictions, targets, indices, offsets=offsets, impl="triton"
@@ -201,7 +201,7 @@ def test_slot_of_another_image_is_loud(image: int, bad: int) -> None:
 
 @pytest.mark.parametrize("shift", [-100, 10**6])
 def test_offsets_beyond_the_targets_are_loud(shift: int) -> None:
-    """Nonsense on the device cannot be refused without waiting for it, but must not read other memory."""
+    """Wrong values on the device cannot be refused without waiting for it, but must not read other memory."""
     predictions, targets, indices, offsets = packed_inputs(SHAPES[1])
     assert ops.prediction_loss(predictions, targets, indices, offsets=offsets + shift, impl="triton").isnan()
 
@@ -247,7 +247,7 @@ def test_nothing_is_stored_without_gradient(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.gpu
 def test_fp16_gradient_survives_a_small_divisor() -> None:
-    """1 / (B M K D) = 2.3e-8 is 0 in fp16: only together with a loss scale does the gradient have a value."""
+    """1 / (B M K D) = 2.3e-8 is 0 in fp16, so the gradient must apply it together with the loss scale."""
     predictions, targets, indices = inputs((8, 4, 1024, 1280, 64))
     predictions = predictions.half().requires_grad_()
     loss = ops.prediction_loss(predictions, targets.half(), indices, impl="triton")
@@ -272,7 +272,7 @@ def test_registration(kind: str, with_residual: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_compiled_whole_graph(impl: str, packed: bool, kind: str) -> None:
-    """Without graph break, forward and backward equal the uncompiled function; the choice is made while tracing."""
+    """Forward and backward equal the uncompiled function, without graph break; tracing makes the choice."""
     predictions, targets, indices, *rest = (packed_inputs if packed else inputs)(SHAPES[1])
     keywords = {"offsets": rest[0]} if packed else {}
 

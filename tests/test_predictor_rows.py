@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cjepa_fast import ops, reference
 from cjepa_fast.errors import UserError
-from cjepa_fast.ops import _token_gather as door
+from cjepa_fast.ops import _predictor_rows as door
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter truncates to bf16 where hardware rounds, so 16 bits are judged on a GPU only
+# The interpreter truncates to bf16 where hardware rounds, so only a GPU tests 16 bits.
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
@@ -34,7 +34,7 @@ SHAPES = [(2, 32, 4, 32, 128, 36), (2, 5, 3, 7, 192, 36), (3, 11, 4, 25, 131, 5)
 
 
 def inputs(shape: tuple[int, ...], packed: bool = False) -> dict[str, Any]:
-    """Packed contexts have random lengths, 0 among them, and NaN behind the last."""
+    """Return arguments of `predictor_rows`; packed contexts have random lengths, also 0, and NaN as padding."""
     batch, kept, blocks, length, width, count = shape
     generator = torch.Generator().manual_seed(0)
     context, offsets = torch.randn(batch, kept, width, generator=generator), None
@@ -52,19 +52,19 @@ def inputs(shape: tuple[int, ...], packed: bool = False) -> dict[str, Any]:
 
 
 def wave(like: Tensor) -> Tensor:
-    """A non-constant upstream gradient."""
+    """Return a non-constant upstream gradient."""
     return torch.arange(1, like.numel() + 1, device=like.device).double().sin().view(like.shape).to(like.dtype)
 
 
 def run(f: Callable[..., Tensor], given: dict[str, Any], upstream: Callable[[Tensor], Tensor] = wave) -> list[Tensor]:
-    """The sequences and the gradients of context and table."""
+    """Return the sequences and the gradients of context and table."""
     leaves = [given[name].detach().clone().requires_grad_() for name in ("context", "table")]
     output = f(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream(output))]
 
 
 def operation(given: dict[str, Any], impl: str = "triton") -> Callable[..., Tensor]:
-    """`predictor_rows` of what it differentiates."""
+    """Return `predictor_rows` as a function of its differentiable arguments."""
     return lambda context, table: ops.predictor_rows(**{**given, "context": context, "table": table}, impl=impl)
 
 
@@ -78,13 +78,13 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel_is_no_worse_than_torch(shape: tuple[int, ...], packed: bool, dtype: torch.dtype) -> None:
     given = inputs(shape, packed)
-    if packed:  # the oracle wants finite values of the padding's gradient and truth alike
+    if packed:  # the oracle wants finite values
         given["context"] = given["context"].nan_to_num()
 
     def plain(context: Tensor, table: Tensor) -> Tensor:
         return reference.predictor_rows(context, table, given["target_indices"], given["offsets"])
 
-    # the interpreter adds the rows of a tile one after the other, torch and a GPU in a tree
+    # the interpreter adds the rows of a tile in sequence, torch and a GPU in a tree
     factor = 8.0 if DEVICE == "cpu" else 2.0
     assert_no_worse(operation(given), plain, [given["context"], given["table"]], dtype, factor)
 
@@ -93,7 +93,7 @@ def test_kernel_is_no_worse_than_torch(shape: tuple[int, ...], packed: bool, dty
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_are_copied_bit_for_bit(shape: tuple[int, ...], packed: bool, impl: str) -> None:
-    """Padding, which is NaN here, leaves no trace."""
+    """NaN in the padding reaches no output."""
     given = inputs(shape, packed)
     out = ops.predictor_rows(**given, impl=impl)
     assert out.isfinite().all() and torch.equal(out, reference.predictor_rows(**given))
@@ -255,8 +255,8 @@ def test_index_dtypes_agree_bitwise(impl: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("count", [9, 32_767, 40_000])
 def test_order_by_index(count: int) -> None:
-    """Also where a table has more rows than the type of its indices can count."""
-    kernel = pytest.importorskip("cjepa_fast.kernels.token_gather")
+    """Also if a table has more rows than its indices' type can count."""
+    kernel = pytest.importorskip("cjepa_fast.kernels.predictor_rows")
     indices = torch.tensor([3, 0, 7, 3, -1, 0, 3], dtype=torch.int16, device=DEVICE)
     order, starts = kernel._by_index(indices, count)
     assert order.tolist() == [4, 1, 5, 0, 3, 6, 2] and starts.dtype == torch.int32
@@ -310,7 +310,7 @@ def test_nothing(shape: tuple[int, ...], impl: str) -> None:
 @pytest.mark.parametrize("bad", [-1, 36, 2**32 + 3])
 @pytest.mark.parametrize("packed", [False, True])
 def test_index_outside_the_table_is_loud(packed: bool, bad: int) -> None:
-    """As NaN in its row and no other, whose gradient counts for nothing; eager as an error."""
+    """Triton: NaN in this token alone, whose gradient is ignored. Eager: an error."""
     given = inputs(SHAPES[1], packed)
     expected = run(operation(given), given)
     first = int(given["target_indices"][0, 0, 0])
@@ -338,7 +338,7 @@ def test_registration(packed: bool) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_whole_graph(packed: bool, impl: str) -> None:
-    """Without graph break, so without waiting for the device; the choice is made while tracing."""
+    """No graph break, so no wait for the device; tracing makes the choice."""
     torch.compiler.reset()
     given = inputs(SHAPES[1], packed)
     f = operation(given, impl)

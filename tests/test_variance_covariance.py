@@ -27,7 +27,7 @@ from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ["covariance", "gram"]
-# the interpreter truncates to bf16 where hardware rounds, so 16 bits are judged on a GPU only
+# The interpreter truncates to bf16 where hardware rounds, so only a GPU tests 16 bits.
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
@@ -40,7 +40,7 @@ SMALL = (21, 3, 35)
 
 
 def inputs(shape: tuple[int, int, int], shift: float = 0.5) -> Tensor:
-    """Correlated columns with standard deviations on both sides of the hinge; views of different scale, fp64."""
+    """Return correlated columns with standard deviations on both sides of the hinge, views of different scale, fp64."""
     rows, views, width = shape
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -50,12 +50,12 @@ def inputs(shape: tuple[int, int, int], shift: float = 0.5) -> Tensor:
 
 
 def combined(f: Callable[..., tuple[Tensor, Tensor]], **options: Any) -> Callable[[Tensor], Tensor]:
-    """Both terms of all views as one tensor [2 V] in the argument's dtype."""
+    """Return both terms of all views as one tensor [2 V] in the argument's dtype."""
     return lambda z: torch.cat(f(z, **options)).to(z.dtype)
 
 
 def weigh(terms: Tensor) -> Tensor:
-    """A scalar in which every term of every view has a weight of its own."""
+    """Return a scalar in which every term of every view has its own weight."""
     return (torch.arange(1, 1 + len(terms), dtype=terms.dtype, device=terms.device).sin() * terms).sum()
 
 
@@ -82,7 +82,7 @@ def test_kernels_are_no_worse_than_torch(shape: tuple[int, int, int], form: str,
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_each_term_alone(shape: tuple[int, int, int], form: str, term: int) -> None:
-    """Neither may hide behind the other."""
+    """So that neither term hides an error of the other."""
     assert_no_worse(
         lambda z: ops.variance_covariance(z, form=form, impl="triton")[term],
         lambda z: reference.variance_covariance(z)[term], [inputs(shape)], torch.float32,
@@ -105,7 +105,7 @@ def test_eager_in_fp64_is_the_reference(shape: tuple[int, int, int], form: str) 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_eager_in_fp32_is_no_worse_than_the_reference(form: str) -> None:
-    for shape in SHAPES[:5]:  # the last is no shape for gram: |Zc Zc^T|^2 cancels where rows are many
+    for shape in SHAPES[:5]:  # not the last: |Zc Zc^T|^2 cancels if rows are many
         ours = combined(ops.variance_covariance, form=form, impl="eager")
         assert_no_worse(ours, combined(reference.variance_covariance), [inputs(shape)], torch.float32)
 
@@ -124,7 +124,7 @@ def test_large_means(form: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 def test_provisional_mean_is_corrected(impl: str) -> None:
-    """Rows in an order that makes the first 256 say nothing about the rest."""
+    """Rows ordered such that the first 256 have another mean than the rest."""
     z = inputs((300, 1, 20), shift=0).float()
     z[256:] += 3
     truth = terms_and_grad(z.double(), "covariance", "eager")
@@ -134,7 +134,7 @@ def test_provisional_mean_is_corrected(impl: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_more_block_columns_than_a_group(form: str) -> None:
-    """Ten block columns of 64 in groups of 8: every tile of the triangle is somebody's, also in the last group."""
+    """Ten block columns of 64 in groups of 8: some program computes every tile, also in the last group."""
     shape = (3, 1, 600) if form == "covariance" else (600, 1, 3)
     z = inputs(shape, shift=0).float()
     truth = terms_and_grad(z.double(), "covariance", "eager")
@@ -234,11 +234,11 @@ def test_nan_is_loud(form: str, impl: str) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Sums the bytes of new storages, and keeps the largest."""
+    """The new storages of the operations within."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[int, Any] = {}  # holding a storage keeps its address from being used again
+        self.seen: dict[int, Any] = {}  # a held storage keeps its address from reuse
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -287,7 +287,7 @@ def test_partial_tiles_are_bounded() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_views_taken_one_after_the_other_agree_bitwise(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the partial tiles of all views together would take too much memory."""
+    """As if the partial tiles of all views together took too much memory."""
     from cjepa_fast.kernels import variance_covariance as kernel
 
     z = inputs(SMALL).float()
@@ -325,7 +325,7 @@ def test_registration(form: str, with_grad: bool) -> None:
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_and_checkpointed(form: str, impl: str) -> None:
-    """Without graph break; recomputed in backward."""
+    """No graph break; backward recomputes."""
     z = inputs(SHAPES[1]).float()
     terms = combined(ops.variance_covariance, form=form, impl=impl)
 
@@ -356,7 +356,7 @@ def test_flops_do_not_depend_on_the_implementation(form: str) -> None:
 
 
 def test_the_cheaper_form() -> None:
-    """Alone the smaller matrix; among ranks what crosses between them: 4 D^2 bytes against n D elements."""
+    """On one rank the smaller matrix; on several the smaller traffic, 4 D^2 bytes against n D elements."""
     form = ops.variance_covariance_form
     assert form(2048, 384, 1, 4) == "covariance" and form(256, 384, 1, 4) == "gram"
     assert form(384, 384, 1, 4) == "covariance"
@@ -377,7 +377,7 @@ def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             ops.variance_covariance(z[:rows])
     with pytest.raises(UserError, match="unknown impl 'cuda'"):
         ops.variance_covariance(z, impl="cuda")
-    with pytest.raises(UserError, match=r"cannot run variance_covariance: dtype torch\.float64"):
+    with pytest.raises(UserError, match=r"cannot run variance_covariance: dtypes torch\.float64"):
         ops.variance_covariance(z.double(), impl="triton")
     with monkeypatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
@@ -414,7 +414,7 @@ FUSED = [
 
 
 def worker(rank: int, size: int, folder: str) -> None:
-    """Terms of every rank and gathered gradients of the mean over ranks of their losses."""
+    """Save the terms of every rank and the gathered gradients of the mean of all ranks' losses."""
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
@@ -431,7 +431,7 @@ def worker(rank: int, size: int, folder: str) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_together_compute_what_one_computes(size: int, tmp_path: Path) -> None:
-    """A gradient that FSDP2 averages over ranks is that of the undivided batch, whichever the form."""
+    """FSDP2's average over ranks is the gradient of the undivided batch, in both forms."""
     mp.spawn(worker, (size, str(tmp_path)), nprocs=size)
     found = torch.load(tmp_path / "found.pt")
     assert len(found) == 2 * (len(CASES) + (len(FUSED) if size == 2 else 0))

@@ -26,7 +26,7 @@ def wave(*shape: int) -> torch.Tensor:
 
 
 def scrambled(module: nn.Module) -> nn.Module:
-    """fp64 and away from initialisation, where zero biases and unit norms would hide mistakes."""
+    """Return the module in fp64 and away from initialisation, whose zero biases and unit norms would hide mistakes."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.double().parameters():
@@ -210,7 +210,7 @@ def test_wrong_image_size_is_refused() -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_copies_compute_the_same(compiled: bool) -> None:
-    """Bit for bit what casting computes; gradients arrive at the fp32 parameters, rounded if asked for."""
+    """Copies give the bits of casting; gradients reach the fp32 parameters, rounded on request."""
     shape, images = VitShape(32, 2, 2), torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
     cast, copied, rounded = (Encoder(shape, 16, 4, dtype=torch.bfloat16) for _ in range(3))
     for encoder in (copied, rounded):
@@ -226,14 +226,14 @@ def test_copies_compute_the_same(compiled: bool) -> None:
         assert torch.equal(out, cast(images))
     for (name, a), b, c in zip(cast.named_parameters(), copied.parameters(), rounded.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None and c.grad is not None
-        # a compiler need not round what is widened right after
+        # a compiler may skip a rounding before widening
         assert torch.equal(a.grad, b.grad) and torch.equal(a.grad.bfloat16(), c.grad.bfloat16()), name
         assert b.grad.dtype == torch.float32
         assert c.grad.dtype == (torch.float32 if name.startswith("patch_embed") else torch.bfloat16), name
 
 
 def test_rounded_gradients_are_never_wide() -> None:
-    """Nor where a compiler traces the backward pass, to which a parameter's gradient has the parameter's type."""
+    """Also in a compiled backward pass, where a parameter's gradient would have the parameter's type."""
     encoder = Encoder(VitShape(32, 1, 2), 16, 4, dtype=torch.bfloat16)
     hold_copies(encoder, torch.bfloat16, rounded_grads=True)
     encoder.blocks[0].compile(backend="aot_eager", fullgraph=True)
@@ -253,7 +253,7 @@ def test_rounded_gradients_are_never_wide() -> None:
 
 
 def test_rounded_gradients_replace_or_add() -> None:
-    """As torch's do: into memory that is kept, or anew; and none is left behind with the copies."""
+    """As in torch: gradients add into kept memory, or replace; no copy keeps one."""
     encoder = Encoder(VitShape(32, 1, 2), 16, 4, dtype=torch.bfloat16)
     copies = hold_copies(encoder, torch.bfloat16, rounded_grads=True)
 

@@ -264,8 +264,10 @@ class Predictor(nn.Module):
         context = (context + F.embedding(indices, positions)).to(context.dtype)
         masks = (self.mask_token[0] + positions).to(context.dtype)
 
-        structure = tuple(target_indices.shape[1:]) if self.shared_context else None
-        targets = target_indices.flatten(1)[:, None] if self.shared_context else target_indices
+        targets, structure = target_indices, None
+        if self.shared_context:  # one sequence with all blocks
+            structure = (target_indices.shape[1], target_indices.shape[2])
+            targets = target_indices.flatten(1)[:, None]
         _, sequences, length = targets.shape  # sequences of an image, target tokens of a sequence
         if offsets is None:
             layout, wanted = Layout(target_blocks=structure), Selection(context.shape[1], length)

@@ -1,4 +1,4 @@
-"""AdamW, the averages (EMA) of the updated parameters and low-precision copies of both in one pass over memory."""
+"""AdamW, the averages (EMA) of the parameters and rounded copies of both, in one pass over memory."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ def adamw_ema(
     averages: Sequence[Tensor | None] = (), copies: Sequence[Tensor | None] = (),
     average_copies: Sequence[Tensor | None] = (), impl: str = "auto",
 ) -> None:  # fmt: skip
-    """One step of AdamW as torch.optim.AdamW takes it, in place, for T tensors of any shapes, and of their averages:
+    """Take one step of AdamW, as torch.optim.AdamW does, in place for T tensors of any shapes; then update averages:
 
         average = momentum * average + (1 - momentum) * updated parameter
 
-    Nothing waits for the device, so that the step may be part of a CUDA graph: one step must precede the capture and
-    no tensor may move after it (keep the gradients' memory: zero_grad(set_to_none=False)). Replayed, the step reads
-    what `hyperparameters` then holds.
+    Nothing waits for the device, so a CUDA graph may hold the step. One step must precede the capture, and no tensor
+    may move after that step: keep the gradients' memory by zero_grad(set_to_none=False). A replayed step reads the
+    current values of `hyperparameters`.
 
     Args:
-        parameters, exp_avgs, exp_avg_sqs: T contiguous fp32 tensors, such as local shards, which may be empty.
+        parameters, exp_avgs, exp_avg_sqs: T contiguous fp32 tensors, which may be empty, as local shards can be.
         grads: T contiguous tensors of the same shapes, fp32 or bf16.
-        steps: T fp32 scalars [], the numbers of steps taken before this one; counted up here.
+        steps: T fp32 scalars [], the numbers of steps before this one; incremented here.
         hyperparameters: fp64 [groups, 6] on the parameters' device: learning rate, weight decay, beta 1, beta 2, eps
             and the averages' momentum.
         groups: for each parameter, its row of `hyperparameters`.
         averages: empty, or for each parameter an fp32 tensor of its shape or None.
         copies, average_copies: likewise bf16 or fp16 tensors, all of one type, for the rounded parameter and average.
-        impl: see above. The Triton kernel takes fp32 parameters and is deterministic; its averages are torch.lerp's.
+        impl: see `cjepa_fast.ops`. The Triton kernel takes fp32 parameters, is deterministic, and averages as
+            torch.lerp does.
 
     Raises UserError if impl is unknown or cannot run, ValueError if the tensors do not match.
     """
@@ -52,10 +53,10 @@ def adamw_ema(
         _adamw_ema_eager(tensors, hyperparameters, groups)
     elif torch.compiler.is_compiling():
         _check(tensors, hyperparameters, groups)
-        # an operator's lists hold nothing but tensors: one without elements stands for none
+        # An operator's lists hold tensors only, so an empty one stands for None.
         filled = ([parameters[0].new_zeros(0) if tensor is None else tensor for tensor in column] for column in tensors)
         _adamw_ema(*filled, hyperparameters, list(groups))  # pyright: ignore[reportCallIssue]
-    else:  # not through the dispatcher, which takes 3 ms of a CPU to look at 400 parameters and their averages
+    else:  # not through the dispatcher, which takes 3 ms for 400 parameters and their averages
         _launch(tensors, hyperparameters, groups)
         changed = chain(parameters, exp_avgs, exp_avg_sqs, steps, averages, copies, average_copies)
         torch.autograd.graph.increment_version([tensor for tensor in changed if tensor is not None])
@@ -75,7 +76,7 @@ class Tensors(NamedTuple):
 
 
 def _check(tensors: Tensors, hyperparameters: Tensor, groups: Sequence[int]) -> None:
-    """Raises ValueError that names the first tensor that does not fit."""
+    """Raise ValueError that names the first tensor that does not fit."""
     count, device, dtype = len(tensors.parameters), tensors.parameters[0].device, tensors.parameters[0].dtype
     low = (torch.bfloat16, torch.float16)
     precise = ((dtype,), (dtype, torch.bfloat16), (dtype,), (dtype,), (dtype,), low, low, (torch.float32,))
@@ -126,7 +127,7 @@ def _adamw_ema_eager(tensors: Tensors, hyperparameters: Tensor, groups: Sequence
             average_copy.copy_(average)
 
 
-_checked: deque[object] = deque(maxlen=8)  # what the last launches were about: as a rule all about the same
+_checked: deque[object] = deque(maxlen=8)  # arguments of the last launches, which are checked once
 
 
 def _launch(tensors: Tensors, hyperparameters: Tensor, groups: Sequence[int]) -> None:

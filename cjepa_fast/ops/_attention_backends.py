@@ -81,11 +81,11 @@ def _structured(backend: str, q: Tensor, k: Tensor, v: Tensor, blocks: int, bloc
     """Attend in two calls: the context to itself, and each block to a copy of the context and itself."""
     context = q.shape[1] - blocks * block_length
     own = [x[:, context:].unflatten(1, (blocks, block_length)) for x in (q, k, v)]  # [B, M, Kt, heads, d]
-    seen = [
+    keys, values = (
         torch.cat([x[:, None, :context].expand(-1, blocks, -1, -1, -1), part], dim=2).flatten(0, 1)
         for x, part in zip((k, v), own[1:], strict=True)
-    ]
-    out = _fixed(backend, own[0].flatten(0, 1), *seen).unflatten(0, (-1, blocks)).flatten(1, 2)
+    )
+    out = _fixed(backend, own[0].flatten(0, 1), keys, values).unflatten(0, (-1, blocks)).flatten(1, 2)
     if context == 0:
         return out
     return torch.cat([_fixed(backend, q[:, :context], k[:, :context], v[:, :context]), out], dim=1)

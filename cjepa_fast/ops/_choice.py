@@ -1,4 +1,4 @@
-"""Which implementation runs an operation, and saying so once."""
+"""The choice of the implementation that runs an operation, logged once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ log = logging.getLogger("cjepa_fast")
 
 
 def require(impl: str, device_type: str) -> None:
-    """Raises UserError if `impl` cannot run on tensors of this device type: to ask before a run."""
+    """Raise UserError if `impl` cannot run on tensors of this device type; to ask before a run."""
     if impl == "triton" and (obstacle := triton_obstacle(device_type)):
         raise UserError(f"runtime.kernels: triton cannot run: {obstacle}; use eager or auto")
 
 
 def choose(op: str, impl: str, device: str, unsupported: str | None) -> str:
-    """Which of "triton" and "eager" runs `op`; `unsupported` says why the kernel cannot take the arguments."""
+    """Return "triton" or "eager", whichever runs `op`, and log the choice once.
+
+    Args:
+        device: type of the tensors' device.
+        unsupported: why the kernel cannot take the arguments; None if it can.
+
+    Raises UserError if `impl` is unknown or cannot run.
+    """
     if impl not in ("auto", "triton", "eager"):
         raise UserError(f"unknown impl {impl!r} for {op}; known: auto, triton, eager")
     obstacle = unsupported or triton_obstacle(device)
@@ -35,13 +42,13 @@ def choose(op: str, impl: str, device: str, unsupported: str | None) -> str:
     return choice
 
 
-# What torch.compiler.assume_constant_result does, without the second it takes to import dynamo: a compiled step runs
-# the choice, its imports and its log line once, while it is traced.
+# Same as torch.compiler.assume_constant_result, without importing dynamo, which takes a second. A compiled step then
+# runs the choice, its imports and its log line once, during tracing.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_obstacle(device: str) -> str | None:
-    """Why Triton kernels cannot run on tensors of this device type; None if they can."""
+    """Return why Triton kernels cannot run on tensors of this device type; None if they can."""
     try:
         import triton  # noqa: F401
     except ImportError:

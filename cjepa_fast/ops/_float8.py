@@ -1,4 +1,4 @@
-"""Linear layers in float8, without gradient: rows scaled to the type's range, multiplied, and scaled back."""
+"""Linear layers in float8, without gradient: scale rows to the type's range, multiply, scale back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST = torch.finfo(FLOAT8).max
 
 
 def require_float8(device: torch.device) -> None:
-    """Raises UserError unless `device` multiplies in float8: to ask before a run."""
+    """Raise UserError unless `device` multiplies in float8; to ask before a run."""
     wanted = "model.target_precision: float8 needs a GPU of capability 8.9 or more"
     if device.type != "cuda":
         raise UserError(f"{wanted}, the run is on {device}; use same")
@@ -23,11 +23,11 @@ def require_float8(device: torch.device) -> None:
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] as float8 [..., K] and its scale, fp32 [..., 1], that multiplies it back.
+    """Round x [..., K] to float8 [..., K] with a scale fp32 [..., 1] for each row: x is about values * scale.
 
-    The largest magnitude of a row becomes the type's largest, so a row's rounding depends on nothing beside the row:
-    results do not depend on how a batch is divided. Elements err by a sixteenth of themselves at most, or by 2^-10 of
-    the scale if they are under 2^-6 of it. Rows of zeros stay zeros; a row that is not finite becomes NaN somewhere.
+    The largest magnitude of a row becomes the type's largest, so a row's rounding depends on that row alone, and
+    results do not depend on the division of a batch. An element's error is at most a sixteenth of the element, or 2^-10
+    of the scale for elements under 2^-6 of the scale. Rows of zeros stay zeros. A row with infinities or NaN gets NaN.
     """
     scale = x.abs().amax(dim=-1, keepdim=True).float() / LARGEST
     scale = torch.where(scale == 0, 1.0, scale)
@@ -35,14 +35,16 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def float8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
-    """x W^T + b of rows that are quantised here and weights that are already, in x's dtype; no gradient.
+    """Compute x W^T + b from rows quantised here and weights quantised before; no gradient.
 
     Args:
-        x: [..., K], bf16 for GPUs. K and N are multiples of 16 there.
+        x: [..., K]; on GPUs bf16, with K and N multiples of 16.
         weight, scale: float8 [N, K] and fp32 [N, 1] of `quantise_rows`.
         bias: [N] in x's dtype.
-        impl: "eager" multiplies the values in fp32, all else by torch._scaled_mm, which keeps float8 for the tensor
-            cores of GPUs of capability 8.9 and sums less precisely than fp32 there.
+        impl: "eager" multiplies the values in fp32. Any other runs torch._scaled_mm, on the float8 tensor cores of GPUs
+            of capability 8.9 or more, which sum less precisely than fp32.
+
+    Returns [..., N] in x's dtype.
     """
     rows, row_scale = quantise_rows(x.flatten(0, -2))
     if impl == "eager":

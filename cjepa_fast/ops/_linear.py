@@ -1,4 +1,4 @@
-"""Linear layers: on a CPU in fp32 by oneDNN, whose matrix products outrun those behind torch's own linear layer."""
+"""Linear layers: on a CPU in fp32 by oneDNN, faster there than torch's own linear layer."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from cjepa_fast.ops._choice import announce
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, impl: str = "auto"
 ) -> Tensor:  # fmt: skip
-    """x weight^T + bias, as torch.nn.functional.linear; differentiable once.
+    """Compute x weight^T + bias, as torch.nn.functional.linear does; differentiable once.
 
-    torch takes fp32 products on a CPU to MKL. oneDNN, which torch ships as well, was faster for y and the gradient of x
-    in all but products of a tenth of a millisecond (docs/log.md), MKL for the gradient of the weight, which stays with
-    it.
+    torch computes fp32 products on a CPU with MKL. oneDNN, which torch ships too, was faster for the output and the
+    gradient of x, except for products of a tenth of a millisecond (docs/log.md). MKL was faster for the gradient of the
+    weight, which stays with MKL.
 
     Args:
         x: [..., K], any strides.
         weight, bias: [D, K] and [D], of x's dtype.
-        gelu: the exact (erf) GELU of all that; within the product where no gradient needs what goes into it.
-        impl: "eager" is torch's; "auto" and "triton", which has no kernel for it, take oneDNN for fp32 on a CPU,
-            unless a compiler is at work.
+        gelu: apply the exact (erf) GELU, fused into the product where no gradient needs the GELU's input.
+        impl: "eager" runs torch's layer. "auto" and "triton" run oneDNN for fp32 on a CPU, uncompiled, else torch's
+            layer. There is no Triton kernel.
 
     Returns [..., D].
 
     Raises UserError if impl is unknown.
     """
-    # inductor takes oneDNN's operation with weights that it packed itself, so what is compiled is torch's layer
+    # Inductor accepts oneDNN's operation only with weights that Inductor packed, so torch's layer is compiled.
     if choose_linear(impl, x.device.type, x.dtype) == "eager" or x.numel() == 0 or torch.compiler.is_compiling():
         out = F.linear(x, weight, bias)
         return F.gelu(out) if gelu else out
@@ -49,11 +49,11 @@ def linear(
 
 
 def choose_linear(impl: str, device: str, dtype: torch.dtype) -> str:
-    """Which of "onednn" and "eager" runs."""
+    """Return "onednn" or "eager", whichever runs; log oneDNN once."""
     if impl not in ("auto", "triton", "eager"):
         raise UserError(f"unknown impl {impl!r} for linear; known: auto, triton, eager")
     if device != "cpu":
-        return "eager"  # not worth a line: there is one library
+        return "eager"  # not logged: there is one library
     if impl == "eager" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return "eager"
     announce("linear", "oneDNN", "fp32 on a CPU")

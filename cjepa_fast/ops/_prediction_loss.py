@@ -1,4 +1,4 @@
-"""I-JEPA's prediction loss: layer norm of the targets, gather and distance in one pass over memory."""
+"""I-JEPA's prediction loss: the targets' layer norm, gather and distance in one pass over memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from cjepa_fast.ops._checks import contiguous, unsupported
 from cjepa_fast.ops._choice import choose
 
 
@@ -16,20 +17,19 @@ def prediction_loss(
     predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1", *,
     offsets: Tensor | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """I-JEPA's loss between predicted and layer-normed actual embeddings: see `cjepa_fast.losses.prediction_loss`.
+    """Compute I-JEPA's loss between predicted and layer-normed embeddings: see `cjepa_fast.losses.prediction_loss`.
 
-    The targets are constants: no gradient reaches them. An index outside its image's rows is an error of the eager
-    implementation and makes the loss NaN in the Triton one.
+    For an index outside the image's targets, the eager implementation raises, and the Triton one returns NaN.
 
     Args:
         predictions: [B, M, K, D], any strides.
         targets: [B, N, D]; packed [T, D].
         target_indices: integer [B, M, K], rows of the image's targets.
         kind: "smooth_l1" or "l2".
-        offsets: int32 [B + 1], packed targets: those of image b are rows offsets[b] to offsets[b + 1], with
-            offsets[0] = 0, and target_indices count from offsets[b]. Rows from offsets[B] on are padding. (Of a mask
-            sampler's `union`: `union_offsets` and `target_slot`.)
-        impl: see above. The Triton kernel takes fp32, bf16 and fp16, D <= 4096, and is deterministic.
+        offsets: int32 [B + 1], packed mode: image b has targets[offsets[b] : offsets[b + 1]], with offsets[0] = 0, and
+            target_indices count from offsets[b]. Padding follows from offsets[B] on. (A mask sampler gives them as
+            `union_offsets` and `target_slot`.)
+        impl: see `cjepa_fast.ops`. The Triton kernel takes fp32, bf16 and fp16, D <= 4096, and is deterministic.
 
     Returns a scalar fp32 (fp64 if the predictions are fp64, which only the eager implementation takes).
 
@@ -46,17 +46,13 @@ def prediction_loss(
         )
     if offsets is not None and (offsets.shape != (batch + 1,) or offsets.dtype != torch.int32):
         raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, want torch.int32 ({batch + 1},)")
-    unsupported = None
-    if not {predictions.dtype, targets.dtype} <= {torch.float32, torch.bfloat16, torch.float16}:
-        unsupported = f"dtypes {predictions.dtype}, {targets.dtype} are not fp32, bf16 or fp16"
-    elif width > 4096:
-        unsupported = "rows are wider than 4096"
-    if choose("prediction_loss", impl, predictions.device.type, unsupported) == "eager":
+    why = unsupported(predictions, targets) or ("tokens are wider than 4096" if width > 4096 else None)
+    if choose("prediction_loss", impl, predictions.device.type, why) == "eager":
         return _prediction_loss_eager(predictions, targets, target_indices, offsets, kind)
     with_residual = predictions.requires_grad and torch.is_grad_enabled()
     loss, _ = _prediction_loss(
         predictions.contiguous(), targets.detach().contiguous(), target_indices.contiguous(),
-        None if offsets is None else offsets.contiguous(), kind, with_residual,
+        contiguous(offsets), kind, with_residual,
     )  # fmt: skip
     return loss
 
@@ -71,7 +67,7 @@ def _prediction_loss_eager(
         starts = counts * torch.arange(targets.shape[0], device=targets.device)[:, None, None]
     else:
         starts, counts = (x[:, None, None] for x in (offsets[:-1], offsets.diff()))
-    # unlike [], an embedding does not take rows from the end; a wrong index is sent behind the last
+    # A wrong index points behind the last target, where an embedding, unlike indexing, raises.
     known = (target_indices >= 0) & (target_indices < counts)
     chosen = F.embedding(torch.where(known, starts + target_indices.long(), normed.shape[0]), normed)
     if kind == "smooth_l1":
@@ -124,7 +120,7 @@ def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None
 _prediction_loss.register_autograd(_differentiate, setup_context=_save)
 
 
-# torch counts matrix products only; saying so makes both implementations count the same
+# torch counts matrix products only. Zero makes the count of both implementations equal.
 @register_flop_formula([torch.ops.cjepa.prediction_loss, torch.ops.cjepa.prediction_loss_backward])
 def _no_products(*args: Any, **kwargs: Any) -> int:
     return 0

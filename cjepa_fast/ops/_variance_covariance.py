@@ -1,4 +1,4 @@
-"""VICReg's variance and covariance terms over the global batch: one symmetric product forward, one product backward."""
+"""VICReg's variance and covariance terms over the batch of all ranks: one symmetric product forward, one backward."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cjepa_fast.distributed import gather_rows, world_size
 from cjepa_fast.errors import UserError
+from cjepa_fast.ops._checks import unsupported
 from cjepa_fast.ops._choice import choose
 
 STD_TARGET = 1.0  # gamma, C-JEPA appendix C.1
 STD_EPS = 1e-4  # not given by C-JEPA; VICReg's public code
-_FLOP_PER_BYTE = 2000  # what a GPU multiplies while a byte crosses between GPUs: 600 TFLOP/s against 300 GB/s
+_FLOP_PER_BYTE = 2000  # FLOP of a GPU in the time of a byte between GPUs: 600 TFLOP/s, 300 GB/s
 
 
 def variance_covariance(z: Tensor, *, form: str = "auto", impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """VICReg's variance and covariance terms of each view, statistics of the global batch (all ranks) taken exactly.
+    """Compute VICReg's variance and covariance terms of each view, with exact statistics of the batch of all ranks.
 
     With C the unbiased covariance matrix of a view over the batch (Bardes et al., ICLR 2022, equations 1-4; the scale
     of its public code; eps 1e-4):
         std = sum_j relu(1 - sqrt(C_jj + eps)) / D,   cov = sum_{i != j} C_ij^2 / D.
-    Every rank gets the same values, is assumed to compute the same loss from them, and gets its rows' share of the
-    gradient of all ranks' losses together (see `cjepa_fast.distributed`). Backward needs no collective.
+    Every rank gets the same values and must compute the same loss from them. Backward then needs no collective: the
+    gradient of a rank's rows is that of the losses of all ranks (see `cjepa_fast.distributed`).
 
     Args:
-        z: [N, V, D]: this rank's rows (the same number on every rank), views, width; any strides.
-        form: "covariance" multiplies Z^T Z [D, D] and sums it over ranks, "gram" its dual Z Z^T [N, N of all ranks]
-            and gathers rows (Garrido et al., ICLR 2023): the same function. "auto" takes the one that costs less.
-        impl: see above. The Triton kernels take fp32, bf16 and fp16 and are deterministic. Products of 16-bit input are
-            accumulated in fp32 from centred values rounded once to that type; in fp16, a covariance beyond 65504
-            overflows, as in plain torch.
+        z: [N, V, D]: images of this rank (equally many on every rank), views, width; any strides.
+        form: "covariance" computes Z^T Z [D, D] and sums over ranks; "gram" computes the dual Z Z^T [N, N of all ranks]
+            from gathered rows (Garrido et al., ICLR 2023): the same function. "auto" takes the cheaper one.
+        impl: see `cjepa_fast.ops`. The Triton kernels take fp32, bf16 and fp16 and are deterministic. For 16-bit input,
+            centred values are rounded once to that type, and products accumulate in fp32. In fp16, a covariance beyond
+            65504 overflows, as in plain torch.
 
     Returns (std, cov), each [V] fp32 (fp64 for fp64, which only the eager implementation takes).
 
-    Raises UserError if the global batch has fewer than 2 rows, or if impl is unknown or cannot run; ValueError if z is
-    not [N, V, D] of floats with V, D >= 1, or for another form.
+    Raises UserError if the batch of all ranks has fewer than 2 images, or if impl is unknown or cannot run; ValueError
+    if z is not [N, V, D] of floats with V, D >= 1, or for another form.
     """
     if z.ndim != 3 or 0 in z.shape[1:] or not z.is_floating_point():
         raise ValueError(f"z wants floats [N, V, D] with V, D >= 1, got {z.dtype} {tuple(z.shape)}")
@@ -50,9 +51,7 @@ def variance_covariance(z: Tensor, *, form: str = "auto", impl: str = "auto") ->
     count = z.shape[0] * ranks
     if count < 2:
         raise UserError(f"variance and covariance need a global batch of at least 2 images, got {count}")
-    supported = z.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    unsupported = None if supported else f"dtype {z.dtype} is not fp32, bf16 or fp16"
-    impl = choose("variance_covariance", impl, z.device.type, unsupported)
+    impl = choose("variance_covariance", impl, z.device.type, unsupported(z))
     if form == "auto":
         form = variance_covariance_form(z.shape[0], z.shape[2], ranks, z.element_size())
     if z.stride(2) != 1:
@@ -65,10 +64,10 @@ def variance_covariance(z: Tensor, *, form: str = "auto", impl: str = "auto") ->
 
 
 def variance_covariance_form(rows: int, width: int, ranks: int, element_size: int) -> str:
-    """The cheaper of "covariance" and "gram" for `rows` of `width` on each of `ranks`: products and collectives.
+    """Return the cheaper of "covariance" and "gram" for `rows` of `width` on each of `ranks`.
 
-    Alone: triangle forward and full product backward. With others, gram computes a rectangle of its matrix; a ring
-    all-reduce moves the fp32 triangle twice, an all-gather the rows once.
+    On one rank, the cost is a triangle forward and a full product backward. On several, gram computes a rectangle of
+    its matrix, a ring all-reduce moves the fp32 triangle twice, and an all-gather moves the rows once.
     """
     count = rows * ranks
     covariance, gram = 3 * rows * width**2, (3 if ranks == 1 else 4) * rows * count * width
@@ -79,7 +78,7 @@ def variance_covariance_form(rows: int, width: int, ranks: int, element_size: in
 
 
 class _Eager(torch.autograd.Function):
-    """Plain torch with the gradient written out: one product backward, where autograd takes two and keeps copies."""
+    """Plain torch with an explicit gradient: one product backward, where autograd needs two and keeps copies."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, count: int, form: str) -> tuple[Tensor, Tensor]:
@@ -87,7 +86,7 @@ class _Eager(torch.autograd.Function):
         length, _, width = z.shape
         gram, several = form == "gram", count > length
         rows = gather_rows(z) if gram and several else z
-        # the mean is that of all ranks before anything is squared: then products add up over ranks without cancellation
+        # Subtract the mean of all ranks before squaring: products then add up over ranks without cancellation.
         mean = rows.mean(dim=0, dtype=precise)
         if several and not gram:
             dist.all_reduce(mean)
@@ -107,7 +106,7 @@ class _Eager(torch.autograd.Function):
                 dist.all_reduce(matrix)
             diagonal = matrix.diagonal(dim1=1, dim2=2)
             variance = diagonal / (count - 1)
-            # the diagonal is taken out before squaring: subtracting its energy afterwards would cancel
+            # Remove the diagonal before squaring: subtracting its energy afterwards would cancel.
             diagonal.zero_()
             cov = _energy(matrix) / (width * (count - 1) ** 2)
         deviation = (variance + STD_EPS).sqrt()
@@ -119,13 +118,13 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         z, rows, matrix, mean, variance, deviation = ctx.saved_tensors
         length, _, width = z.shape
-        # every rank's loss depends on this rank's rows
+        # The loss of every rank depends on this rank's rows.
         scale = ctx.count / length / (width * (ctx.count - 1))
         for_std, for_cov = (grad[:, None] * scale for grad in upstream)
         for_product = for_cov * (4 / (ctx.count - 1))
         slope = torch.where(deviation < STD_TARGET, -for_std / deviation, 0)
         centred = z - mean
-        # in place, so that the gradient has z's layout and no copy is made
+        # in place: the gradient has z's layout, without a copy
         if rows is None:
             grad = centred * slope
             views = grad.transpose(0, 1)
@@ -139,7 +138,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _energy(matrix: Tensor) -> Tensor:
-    """Sum of squares [V] of matrices [V, K, L], without a copy of their size; row by row, as long sums lose digits."""
+    """Return the sums of squares [V] of matrices [V, K, L], without a copy; by rows, as long sums lose digits."""
     return torch.linalg.vector_norm(matrix, dim=2).square().sum(dim=1)
 
 
@@ -147,10 +146,10 @@ def _energy(matrix: Tensor) -> Tensor:
 def _variance_covariance(
     z: Tensor, count: int, form: str, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The terms [2, V] (std, cov), and what backward needs, of no element if not asked for.
+    """Return the terms [2, V] (std, cov) and the tensors for backward, empty without `with_grad`.
 
-    That is matrix, mean and slopes as `cjepa_fast.kernels.variance_covariance.fwd` describes them and, for the gram
-    form on several ranks, z of all ranks [count, V, D].
+    Those are matrix, mean and slopes (see `cjepa_fast.kernels.variance_covariance.fwd`) and, for the gram form on
+    several ranks, z of all ranks [count, V, D].
     """
     from cjepa_fast.kernels import variance_covariance as kernel
 
@@ -186,7 +185,7 @@ def _variance_covariance_backward(
 
     several = gathered.numel() > 0
     first = len(z) * dist.get_rank() if several else 0
-    gain = count / len(z)  # every rank's loss depends on this rank's rows
+    gain = count / len(z)  # the loss of every rank depends on this rank's rows
     return kernel.bwd(upstream, gathered if several else z, first, len(z), count, gain, matrix, mean, slopes)
 
 
@@ -211,7 +210,7 @@ def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, 
 _variance_covariance.register_autograd(_differentiate, setup_context=_save)
 
 
-# counted as the full products of plain torch, so that a step's FLOPs do not depend on the implementation
+# Count the full products of plain torch, so that a step's FLOP do not depend on the implementation.
 @register_flop_formula(torch.ops.cjepa.variance_covariance)
 def _fwd_flop(z: tuple[int, ...], count: int, form: str, *rest: Any, **options: Any) -> int:
     length, views, width = z

@@ -1,7 +1,7 @@
 """The truth: every piece of the method in plain PyTorch, written as the papers state it, in any dtype.
 
-Nothing here is fast. In fp64 it is what tests compare with; in the working dtype it is what benchmarks start from.
-Networks are functions of a state dict, so that they share no code with `cjepa_fast.networks.vit`.
+Nothing here is fast. Tests compare with it in fp64; benchmarks start from it in the working dtype. Networks are
+functions of a state dict, so they share no code with `cjepa_fast.networks`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ State = Mapping[str, Tensor]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V over [..., K, d]."""
+    """Compute softmax(Q K^T / sqrt(d)) V over [..., K, d]."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     return scores.softmax(dim=-1) @ value
 
@@ -27,7 +27,7 @@ def packed_attention(
     qkv: Tensor, heads: int, *, query: Tensor | None = None, offsets: Tensor | None = None,
     query_offsets: Tensor | None = None, target_blocks: tuple[int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `cjepa_fast.ops.attention`; one sequence, and one block of targets, after the other."""
+    """Compute `cjepa_fast.ops.attention`, one sequence and one target block after another."""
 
     def sequences(rows: Tensor, starts: Tensor | None) -> list[Tensor]:
         return list(rows) if starts is None else [rows[a:b] for a, b in itertools.pairwise(starts.tolist())]
@@ -59,7 +59,7 @@ def packed_attention(
 def block(
     state: State, prefix: str, x: Tensor, heads: int, target_blocks: tuple[int, int] | None = None
 ) -> Tensor:  # fmt: skip
-    """Pre-norm transformer block `prefix` of a state dict: [B, K, D] -> [B, K, D]; see `packed_attention`."""
+    """Compute pre-norm transformer block `prefix` of a state dict: [B, K, D] -> [B, K, D]; see `packed_attention`."""
 
     def weights(name: str) -> tuple[Tensor, Tensor]:
         return state[f"{prefix}{name}.weight"], state[f"{prefix}{name}.bias"]
@@ -81,7 +81,7 @@ def _depth(state: State, prefix: str) -> int:
 
 
 def encoder(state: State, images: Tensor, indices: Tensor | None, heads: int) -> Tensor:
-    """I-JEPA encoder on normalised images [B, 3, H, W]: convolution, positions, gather, blocks, norm."""
+    """Compute I-JEPA's encoder on normalised images [B, 3, H, W]: convolution, positions, gather, blocks, norm."""
     weight = state["patch_embed.proj.weight"]
     x = F.conv2d(images, weight, state["patch_embed.proj.bias"], stride=weight.shape[-1])
     x = x.flatten(2).transpose(1, 2) + state["pos_embed"]
@@ -96,9 +96,9 @@ def predictor(
     state: State, context: Tensor, context_indices: Tensor, target_indices: Tensor, heads: int,
     shared_context: bool = False,
 ) -> Tensor:  # fmt: skip
-    """I-JEPA predictor: [B, Kc, D], [B, Kc], [B, M, Kt] -> [B, M, Kt, D], one sequence per image and block.
+    """Compute I-JEPA's predictor, one sequence per image and block: [B, Kc, D], [B, Kc], [B, M, Kt] -> [B, M, Kt, D].
 
-    shared_context: one sequence per image, whose context does not see the blocks, nor these each other.
+    shared_context: one sequence per image; the context sees itself alone, a block sees the context and itself.
     """
     positions = state["predictor_pos_embed"][0]
     embedded = F.linear(context, state["predictor_embed.weight"], state["predictor_embed.bias"])
@@ -120,7 +120,7 @@ def prediction_loss(
     predictions: Tensor, targets: Tensor, target_indices: Tensor, kind: str = "smooth_l1",
     offsets: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `cjepa_fast.losses.prediction_loss`."""
+    """Compute `cjepa_fast.losses.prediction_loss`."""
     normed = F.layer_norm(targets, targets.shape[-1:])
     if offsets is not None:
         normed = [normed[a:b] for a, b in itertools.pairwise(offsets.tolist())]
@@ -131,22 +131,26 @@ def prediction_loss(
     return (predictions - chosen).square().sum() / (batch * blocks)
 
 
-def vicreg(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """VICReg's three terms for two views [n, D], as its public code scales them (Bardes et al., ICLR 2022)."""
-    n, width = x.shape
-    std = torch.zeros((), dtype=x.dtype, device=x.device)
-    cov = torch.zeros((), dtype=x.dtype, device=x.device)
-    for z in (x, y):
-        std = std + F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean() / 2
-        centred = z - z.mean(dim=0)
-        covariance = centred.T @ centred / (n - 1)
+def variance_covariance(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute VICReg's variance and covariance terms (std, cov), each [V], of the views of z [N, V, D]."""
+    std, cov = [], []
+    for view in z.unbind(1):
+        std.append(F.relu(1 - (view.var(dim=0) + 1e-4).sqrt()).mean())
+        centred = view - view.mean(dim=0)
+        covariance = centred.T @ centred / (len(view) - 1)
         off_diagonal = covariance - covariance.diagonal().diag()
-        cov = cov + off_diagonal.square().sum() / width
-    return F.mse_loss(x, y), std, cov
+        cov.append(off_diagonal.square().sum() / view.shape[1])
+    return torch.stack(std), torch.stack(cov)
+
+
+def vicreg(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute VICReg's three terms of two views [n, D], as its public code scales them (Bardes et al., ICLR 2022)."""
+    std, cov = variance_covariance(torch.stack([x, y], dim=1))
+    return F.mse_loss(x, y), std.mean(), cov.sum()
 
 
 def block_vicreg(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """C-JEPA Algorithm 1 to the letter: VICReg averaged over the M (M - 1) ordered pairs of block means z [B, M, D]."""
+    """Compute C-JEPA's Algorithm 1 to the letter: VICReg averaged over all ordered pairs of block means z [B, M, D]."""
     pairs = list(itertools.permutations(z.unbind(1), 2))
     terms = [vicreg(x, y) for x, y in pairs]
     sim, std, cov = (torch.stack(term).sum() / len(pairs) for term in zip(*terms, strict=True))
@@ -154,16 +158,13 @@ def block_vicreg(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def context_target_vicreg(context: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """C-JEPA appendix C.2 pseudo-code on [B, D]: invariance to the target, variance and covariance of the context."""
-    width = context.shape[1]
-    std = F.relu(1 - (context.var(dim=0) + 1e-4).sqrt()).mean()
-    covariance = context.T.cov()
-    cov = (covariance - covariance.diagonal().diag()).square().sum() / width
-    return F.mse_loss(context, target), std, cov
+    """Compute C-JEPA's pseudo-code (C.2): distance of views [B, D], variance and covariance of the context."""
+    std, cov = variance_covariance(context[:, None])
+    return F.mse_loss(context, target), std[0], cov[0]
 
 
 def projector(state: State, x: Tensor) -> Tensor:
-    """Linear, batch norm over all rows, ReLU, ..., Linear on rows [n, D] (keys of `cjepa_fast.losses.Projector`)."""
+    """Compute `networks.heads.Projector` on rows [n, D]: linear, batch norm of all rows, ReLU, ..., linear."""
     last = max(int(name.split(".")[1]) for name in state)
     for index in range(0, last + 1, 3):
         x = F.linear(x, state[f"layers.{index}.weight"])
@@ -180,7 +181,7 @@ def adamw(
     weight_decay: float | Tensor, betas: tuple[float, float] | tuple[Tensor, Tensor] = (0.9, 0.999),
     eps: float | Tensor = 1e-8,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """One AdamW step (Loshchilov & Hutter, 2019), `step` counted from 1: the new parameter and moments."""
+    """Return the parameter and moments after an AdamW step (Loshchilov & Hutter, 2019); `step` counts from 1."""
     first = betas[0] * moments[0] + (1 - betas[0]) * grad
     second = betas[1] * moments[1] + (1 - betas[1]) * grad.square()
     update = (first / (1 - betas[0] ** step)) / ((second / (1 - betas[1] ** step)).sqrt() + eps)
@@ -188,7 +189,7 @@ def adamw(
 
 
 def ema(target: Tensor, parameter: Tensor, momentum: float) -> Tensor:
-    """m * target + (1 - m) * parameter."""
+    """Compute m * target + (1 - m) * parameter."""
     return momentum * target + (1 - momentum) * parameter
 
 
@@ -197,7 +198,7 @@ def cjepa_loss(
     target_encoder: Callable[..., Tensor], predict: Callable[..., Tensor], project: Callable[[Tensor], Tensor],
     weights: tuple[float, float, float],
 ) -> Tensor:  # fmt: skip
-    """L_JEPA + weights . (sim, std, cov), C-JEPA equation of appendix C.1 with the weights already multiplied out."""
+    """Compute L_JEPA + weights . (sim, std, cov): C-JEPA appendix C.1, with the weights multiplied out."""
     with torch.no_grad():
         targets = target_encoder(images, None)
     predictions = predict(context_encoder(images, context_indices), context_indices, target_indices)
@@ -211,7 +212,7 @@ def patch_embed(
     images: Tensor, indices: Tensor | None, weight: Tensor, bias: Tensor, positions: Tensor, patch_size: int,
     image_of: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `cjepa_fast.ops.patch_embed`; one patch after the other."""
+    """Compute `cjepa_fast.ops.patch_embed`, one patch after another."""
     raw, p = images.dtype == torch.uint8, patch_size
     across = images.shape[2 if raw else 3] // p
 
@@ -232,7 +233,7 @@ def patch_embed(
 
 
 def predictor_rows(context: Tensor, table: Tensor, target_indices: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """See `cjepa_fast.ops.predictor_rows`; one sequence after the other."""
+    """Compute `cjepa_fast.ops.predictor_rows`, one sequence after another."""
     batch, kept = len(target_indices), context.shape[-2]
     ends = [kept * image for image in range(batch + 1)] if offsets is None else offsets.tolist()
     rows = context.reshape(-1, context.shape[-1])
@@ -244,15 +245,3 @@ def predictor_rows(context: Tensor, table: Tensor, target_indices: Tensor, offse
     if offsets is None:
         return tokens.unflatten(0, (batch, target_indices.shape[1], -1))
     return F.pad(tokens, (0, 0, 0, target_indices.shape[1] * (len(context) - ends[-1])))
-
-
-def variance_covariance(z: Tensor) -> tuple[Tensor, Tensor]:
-    """VICReg's variance and covariance terms (std, cov), each [V], of the views of z [N, V, D]: see `vicreg`."""
-    std, cov = [], []
-    for view in z.unbind(1):
-        std.append(F.relu(1 - (view.var(dim=0) + 1e-4).sqrt()).mean())
-        centred = view - view.mean(dim=0)
-        covariance = centred.T @ centred / (len(view) - 1)
-        off_diagonal = covariance - covariance.diagonal().diag()
-        cov.append(off_diagonal.square().sum() / view.shape[1])
-    return torch.stack(std), torch.stack(cov)

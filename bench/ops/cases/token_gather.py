@@ -28,7 +28,7 @@ from cjepa_fast import ops
 from cjepa_fast.config import MaskConfig
 from cjepa_fast.masks import MultiBlockSampler
 
-TESTS = ("test_token_gather.py", "test_predictor_rows.py")
+TESTS = ("test_patch_embed.py", "test_predictor_rows.py")
 
 # encoder, image size, patch size, width, predictor width
 SHAPES = [("H/14", 224, 14, 1280, 384), ("L/16", 224, 16, 1024, 384), ("B/16", 224, 16, 768, 384)]

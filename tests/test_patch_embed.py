@@ -17,11 +17,11 @@ from cjepa_fast import ops, reference
 from cjepa_fast.config import VitShape
 from cjepa_fast.errors import UserError
 from cjepa_fast.networks import Encoder, Impl, Predictor
-from cjepa_fast.ops import _token_gather as door
+from cjepa_fast.ops import _patch_embed as door
 from oracle import assert_no_worse
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter truncates to bf16 where hardware rounds, so 16 bits are judged on a GPU only
+# The interpreter truncates to bf16 where hardware rounds, so only a GPU tests 16 bits.
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
@@ -36,7 +36,7 @@ PATCH_SHAPES = [(2, 64, 64, 16, 128, 16), (3, 12, 20, 4, 192, 13), (4, 15, 21, 3
 
 
 def patch_inputs(shape: tuple[int, ...], pixels: str = "uint8", mode: str = "kept") -> dict[str, Any]:
-    """Arguments of `patch_embed`; packed tokens are of random images, one of them padding with a wild index."""
+    """Return arguments of `patch_embed`; packed tokens come from random images, one is padding with a wild index."""
     batch, height, width, p, embedding, kept = shape
     generator = torch.Generator().manual_seed(0)
     count = (height // p) * (width // p)
@@ -59,12 +59,12 @@ def patch_inputs(shape: tuple[int, ...], pixels: str = "uint8", mode: str = "kep
 
 
 def wave(like: Tensor) -> Tensor:
-    """A non-constant upstream gradient."""
+    """Return a non-constant upstream gradient."""
     return torch.arange(1, like.numel() + 1, device=like.device).double().sin().view(like.shape).to(like.dtype)
 
 
 def run(f: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
-    """The output and the gradients of the leaves."""
+    """Return the output and the gradients of the leaves."""
     leaves = tuple(leaf.detach().clone().requires_grad_() for leaf in leaves)
     output = f(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, wave(output))]
@@ -83,7 +83,7 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same values at other places."""
+    """Return the same values with other strides."""
     if x.ndim == 1:
         return torch.stack([x, x], dim=1)[:, 0]
     return x.transpose(0, -1).contiguous().transpose(0, -1)
@@ -122,7 +122,7 @@ def test_eager_patch_embed_in_fp64_is_the_reference(pixels: str, mode: str) -> N
 
 @pytest.mark.parametrize("pixels", PIXELS)
 def test_bias_in_fp32_beside_weights_in_16_bits(pixels: str) -> None:
-    """As the encoder calls it: the choice must not change types."""
+    """As in the encoder: the choice must not change types."""
     given = patch_inputs(PATCH_SHAPES[1], pixels)
     given["weight"] = given["weight"].bfloat16()
     for impl in IMPLS:
@@ -175,7 +175,7 @@ def test_all_indices_in_order_equal_none(pixels: str, impl: str) -> None:
 
 
 def test_packed_patches_equal_batched_ones() -> None:
-    """Bitwise, with padding between them: zero rows, whose gradient counts for nothing, however large."""
+    """Bitwise, with padding between them: its output is zero, its gradient ignored, however large."""
     given = patch_inputs(PATCH_SHAPES[1])
     batch, kept = given["indices"].shape
     image_of = torch.arange(batch, device=DEVICE, dtype=torch.int32).repeat_interleave(kept)
@@ -235,7 +235,7 @@ def test_no_patches(batch: int, kept: int, impl: str) -> None:
 
 @pytest.mark.parametrize(("index", "image"), [(-1, None), (15, None), (2**32 + 3, None), (-1, 0), (0, -2), (0, 3)])
 def test_patch_outside_is_loud(index: int, image: int | None) -> None:
-    """As NaN in its row and no other; eager as an error, unless the image is counted from the end."""
+    """Triton: NaN in this token alone. Eager: an error, except for images counted from the end."""
     given = patch_inputs(PATCH_SHAPES[1], mode="kept" if image is None else "packed")
     given["indices"].view(-1)[5] = index
     if image is not None:
@@ -281,7 +281,7 @@ def test_patch_embed_registration(mode: str) -> None:
 
 
 def around(mode: str, impl: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """The operation as a function of what it differentiates, with other operations around it to compile."""
+    """Return the operation as a function of its differentiable arguments, between others to compile."""
     given = patch_inputs(PATCH_SHAPES[1], mode=mode)
 
     def f(weight: Tensor, bias: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ def around(mode: str, impl: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_whole_graph(mode: str, impl: str) -> None:
-    """Without graph break, so without waiting for the device; the choice is made while tracing."""
+    """No graph break, so no wait for the device; tracing makes the choice."""
     torch.compiler.reset()
     f, leaves = around(mode, impl)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
