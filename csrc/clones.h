@@ -1,4 +1,4 @@
-// One build serves every x86-64: a function marked so takes wider vectors, popcnt and bmi where the machine has them.
+// One build serves every x86-64: a function marked CJEPA_CLONES uses wider vectors, popcnt and bmi if the CPU has them.
 #pragma once
 
 #if !defined(CJEPA_CLONES)

@@ -1,8 +1,8 @@
-// Masks on the CPU, bit-identical to cjepa_fast/reference_masks.py; mask_spec.h says what they are.
+// Masks on the CPU, bit-identical to cjepa_fast/reference/masks.py; mask_spec.h specifies the masks.
 //
-// Plain C interface without Python or torch, so that one build serves every version of both. A set of patches is a
-// string of N bits: a block at another corner is the same string shifted, the union of the targets is OR, the context
-// is window & ~union, and a table of all bytes lists a set eight patches at a time.
+// A plain C interface without Python or torch, so that one build serves every version of both. A set of patches is a
+// string of N bits. A block at another corner is the same string shifted, the union of the targets is OR, and the
+// context is window & ~union. A table of all bytes lists the patches of a set, eight at a time.
 
 #include <algorithm>
 #include <cstdint>
@@ -44,7 +44,7 @@ constexpr Table make_table() {
 constexpr Table kTable = make_table();
 
 struct Set {
-    uint64_t words[kMaxPatches / 64 + 1];  // one more, which a shifted block may touch but not fill
+    uint64_t words[kMaxPatches / 64 + 1];  // one more: Block::add writes a carry, always 0, behind the last
 };
 
 struct Block {
@@ -57,7 +57,7 @@ struct Block {
         words = ((h - 1) * width + w + 63) / 64;
     }
 
-    // The block with its first patch at `first`, added to `to`.
+    // Adds the block, with its first patch at `first`, to `to`.
     void add(int first, Set& to) const {
         uint64_t* const word = to.words + first / 64;
         const int bit = first % 64;
@@ -74,7 +74,7 @@ struct Lanes {
     uint32_t words[4][kLanes];
 };
 
-// Philox at kLanes counters; the loop over lanes is the outer one, as compilers vectorise that.
+// Philox at kLanes counters. The loop over lanes is the outer one: compilers vectorise it.
 template <typename Counter>
 inline Lanes philox_lanes(uint64_t key, Counter counter) {
     Lanes out;
@@ -85,7 +85,7 @@ inline Lanes philox_lanes(uint64_t key, Counter counter) {
     return out;
 }
 
-// to[0..n) = from[0..n) + base.
+// to[0..n) = from[0..n) + base, rounded up to whole eights.
 inline void add_eights(const int16_t* from, int base, int n, int16_t* to) {
     for (int k = 0; k < n; k += 8) {
         Eight eight;
@@ -95,7 +95,7 @@ inline void add_eights(const int16_t* from, int base, int n, int16_t* to) {
     }
 }
 
-// The patches of `byte`, whose lowest bit is patch `base`; returns where the next ones go.
+// Lists the patches of `byte`, whose lowest bit is patch `base`. Returns the place of the next patch.
 inline int16_t* list_byte(unsigned byte, int base, int16_t* to) {
     add_eights(kTable.positions[byte], base, 8, to);
     return to + kTable.count[byte];
@@ -105,7 +105,7 @@ inline void list(const Set& set, int patches, int16_t* to) {
     for (int base = 0; base < patches; base += 8) to = list_byte(set.words[base / 64] >> base % 64 & 255, base, to);
 }
 
-// The same for a set that has a byte 0 or 1 for every patch, changed by XOR with `flip`. Flags beyond `n` are 0.
+// Lists a set that has a byte 0 or 1 for every patch, after XOR with `flip`. Flags beyond `n` are 0.
 inline void list_flags(const uint8_t* flags, int n, uint64_t flip, int16_t* to) {
     for (int base = 0; base < n; base += 8) {
         uint64_t eight;
@@ -115,8 +115,8 @@ inline void list_flags(const uint8_t* flags, int n, uint64_t flip, int16_t* to) 
     }
 }
 
-// Samples images [begin, end) in one thread, kLanes at a time. Contexts of packed mode and unions go to lists of its
-// own: where they belong is known only when all threads are done.
+// The images [begin, end), sampled by one thread, kLanes at a time. Each part has its own lists of packed contexts and
+// unions: their places in the output are known only when all threads are done.
 class Part {
   public:
     Part(const MaskSpec& spec, const MaskOutputs& out, int64_t begin, int64_t end)
@@ -126,7 +126,7 @@ class Part {
           out_(out),
           patches_(spec.height * spec.width),
           words_((patches_ + 63) / 64),
-          stride_(64 * words_ + 64),  // no multiple of 4096, at which loads wait for stores to other lanes
+          stride_(64 * words_ + 64),  // no multiple of 4096: loads would wait for stores to other lanes
           target_size_(spec.target_h * spec.target_w),
           window_(spec.context_h, spec.context_w, spec.width),
           block_(spec.target_h, spec.target_w, spec.width),
@@ -195,7 +195,7 @@ class Part {
         return at.top * spec_.width + at.left;
     }
 
-    // The first patch of every block at the first attempt.
+    // Draws the first patch of every block for the first attempt.
     void draw_corners() {
         const int h = spec_.target_h, w = spec_.target_w;
         if (spec_.mode == kRandom) return;
@@ -219,8 +219,8 @@ class Part {
         }
     }
 
-    // Lists the context of a lane, of which pick_subsets may keep a part, after redrawing blocks until it is long
-    // enough. Returns its length, or -1.
+    // Redraws the blocks of a lane until its context is long enough, and lists the context; pick_subsets may keep a
+    // part of the list. Returns the length, or -1 if no attempt succeeds.
     int place(int lane, int64_t id) {
         const int blocks = spec_.num_targets;
         const bool faithful = spec_.mode == kFaithful;
@@ -243,7 +243,7 @@ class Part {
         return length;
     }
 
-    // covered_ = the first `respected` targets; free_ = the rest of the window. Returns the number of its patches.
+    // covered_ = the first `respected` targets; free_ = the rest of the window. Returns the number of patches in free_.
     int subtract(int lane, int respected) {
         cover(lane, respected);
         std::fill_n(free_.words, words_, 0);
@@ -271,8 +271,8 @@ class Part {
                     last[i] = length_[i] - keep + 4 * j + k;
                     draw[i] = below(u.words[k][i], last[i] + 1);
                 }
-                // If the draw is taken, the last candidate is picked instead: without a branch, which would be
-                // mispredicted, and without an address that waits for a load, so that later loads need not wait.
+                // A taken draw picks the last candidate instead. No branch, which the CPU would mispredict; and no
+                // address depends on a load, so later loads need not wait.
                 uint8_t* picked = picked_.get();
                 for (int i = 0; i < kLanes; ++i, picked += stride_) {
                     picked[last[i]] = picked[draw[i]];
@@ -331,7 +331,7 @@ class Part {
         list(covered_, patches_, last_union_);
         last_union_ += length;
         out_.union_offsets[image + 1] = length;
-        // The patches of a target's row follow each other in the grid, and therefore in the union.
+        // The patches of one row of a target are neighbours in the grid, and therefore in the union.
         const int rows = spec_.num_targets * spec_.target_h, width = spec_.target_w;
         for (int r = 0; r < rows; ++r) {
             const int patch = target_[r * width];
@@ -347,7 +347,7 @@ class Part {
     const int patches_, words_, stride_, target_size_;
     const Block window_, block_;
     const std::unique_ptr<int16_t[]> iota_, block_list_, ranks_;
-    const std::unique_ptr<int16_t[]> listed_;  // one row of `stride_` for each lane
+    const std::unique_ptr<int16_t[]> listed_;  // `stride_` entries for each lane
     const std::unique_ptr<uint8_t[]> picked_;  // likewise
     const std::unique_ptr<int16_t[]> target_, slot_;
     Status status_ = kOk;
@@ -362,7 +362,7 @@ class Part {
 
 CJEPA_CLONES void sample_part(Part& part, const int64_t* ids) { part.sample(ids); }
 
-// In offsets[1..n] lengths become the ends of lists that follow each other in `room` slots.
+// Turns lengths in offsets[1..n] into the ends of lists that follow each other in `room` slots.
 void accumulate(int32_t* offsets, int64_t n, int32_t room) {
     offsets[0] = 0;
     int64_t total = 0;
@@ -376,7 +376,7 @@ void accumulate(int32_t* offsets, int64_t n, int32_t room) {
 
 extern "C" {
 
-// Hash of the sources this library was built from: a stale build is recognised by it.
+// Hash of the sources that the library was built from, which reveals a stale build.
 const char* cjepa_source_hash() { return CJEPA_SOURCE_HASH; }
 
 void cjepa_philox4x32(const uint32_t* counter, uint64_t key, uint32_t* out) {
@@ -384,9 +384,9 @@ void cjepa_philox4x32(const uint32_t* counter, uint64_t key, uint32_t* out) {
     std::copy(u.w, u.w + 4, out);
 }
 
-// Masks of ids [n], the same for any number of threads. `context`, `offsets` and `image_of` of packed mode are wanted
-// together or not at all; so are the three outputs of a union. Returns 0, 1 for an impossible spec, or 2 if some image
-// found no context; then the outputs are incomplete.
+// Samples the masks of ids [n]; the number of threads changes no bit. `context`, `offsets` and `image_of` of packed
+// mode are wanted together or not at all, likewise the three outputs of a union. Returns a Status; unless kOk, the outputs
+// are incomplete.
 int cjepa_sample_masks(const MaskSpec* spec, const int64_t* ids, int64_t n, int threads, const MaskOutputs* outputs) {
     if (!valid(*spec) || n < 1) return kBadSpec;
     const MaskOutputs& out = *outputs;
@@ -398,7 +398,7 @@ int cjepa_sample_masks(const MaskSpec* spec, const int64_t* ids, int64_t n, int 
     for (int64_t p = 1; p < count; ++p) {
         try {
             pool.emplace_back(sample_part, std::ref(*parts[p]), ids);
-        } catch (const std::system_error&) {  // no thread to be had: the caller does its share
+        } catch (const std::system_error&) {  // no thread available: the caller does its share
             sample_part(*parts[p], ids);
         }
     }

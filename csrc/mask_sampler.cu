@@ -1,15 +1,15 @@
-// Multi-block masks on the GPU, bit-identical to cjepa_fast/reference_masks.py: one launch for the whole batch.
+// Multi-block masks on the GPU, bit-identical to cjepa_fast/reference/masks.py: one launch for the whole batch.
 //
-// Plain C interface without Python or torch. Nothing is read back and nothing comes from host memory after the launch,
-// so a captured graph may replay it with another step and other ids.
+// A plain C interface without Python or torch. The kernel reads no host memory and the host reads nothing back, so a
+// captured graph may be replayed with another step and other ids.
 //
-// One warp per image. While the blocks are placed a lane is a grid row (two, if there are more than 32), as one 64-bit
-// mask: the union of the targets is OR, the context is window & ~union, a popcount and a warp sum give its length.
-// While patches are listed a lane is a patch: a ballot gives its slot and neighbouring lanes write neighbouring slots.
+// One warp per image. To place blocks, a lane holds a grid row as a 64-bit mask (two rows in grids of more than 32):
+// the union of the targets is OR, the context is window & ~union, a popcount and a warp sum give its length. To list
+// patches, a lane holds a patch: a ballot gives its slot, and neighbouring lanes write neighbouring slots.
 //
-// Where contexts or unions lie one behind another, an image has to know how much lies before it: blocks publish their
-// sums and read those of their predecessors (Merrill & Garland, "Single-pass Parallel Prefix Scan with Decoupled
-// Look-back", NVIDIA 2016). They take their numbers from a counter, so whoever is waited for has started.
+// In packed contexts and unions an image needs the total length before it. Blocks publish their sums and read those of
+// their predecessors (Merrill & Garland, "Single-pass Parallel Prefix Scan with Decoupled Look-back", NVIDIA 2016).
+// Blocks take their numbers from a counter, so a block waits only for blocks that have started.
 
 #include "mask_spec.h"
 
@@ -27,11 +27,11 @@ constexpr uint32_t kAll = 0xFFFFFFFF;
 
 enum Sum { kContexts, kUnions, kSums };
 
-// Zero before the first launch; every launch leaves it ready for the next, of any size that it has room for. Behind it
-// lie the published sums, [blocks][kSums]: launch number, 31 bits; includes all predecessors, 1 bit; sum, 32 bits.
+// Zero before the first launch. Every launch leaves the workspace ready for the next launch, of any size that fits. The
+// published sums follow it, [blocks][kSums]: launch number, 31 bits; includes all predecessors, 1 bit; sum, 32 bits.
 struct Workspace {
-    unsigned long long tickets;  // low half: next block number; high half: launches so far, which tag the sums, so that
-                                 // nobody has to clear them
+    unsigned long long tickets;  // low half: next block number; high half: launches so far, a tag on the sums that
+                                 // spares clearing them
     uint32_t placed;             // faithful: blocks that have added to the shortfall
     uint32_t shortfall;          // faithful: the largest kMaxPatches - count so far
     int64_t shortest;            // faithful: the batch minimum, once every block has finished
@@ -53,16 +53,16 @@ CJEPA_HD inline bool wants_unions(const MaskOutputs& out) {
     return out.union_patches != nullptr || out.union_offsets != nullptr || out.target_slot != nullptr;
 }
 
-// Whether what an image gets depends on the other images of the call.
+// Returns whether the masks of an image depend on the other images of the call.
 CJEPA_HD inline bool linked(const MaskSpec& spec, const MaskOutputs& out) {
     return spec.mode == kFaithful || spec.mode == kPacked || wants_unions(out);
 }
 
-// What the lanes of a warp look up in each other's part.
+// Data that the lanes of a warp share.
 struct Scratch {
     uint64_t context[kMaxSide], covered[kMaxSide];  // grid rows
     uint16_t covered_before[kMaxSide];              // covered patches in earlier rows
-    uint32_t picked[kMaxPatches / 32 + 2];          // 2: a row is read as 64 bits from anywhere
+    uint32_t picked[kMaxPatches / 32 + 2];          // 2 more: row_of reads three words from any place
 };
 
 // Grid rows `lane` and `lane + 32`.
@@ -77,7 +77,7 @@ struct Placement {
     bool found;
 };
 
-// Every 32nd element of a row-major array `width` wide, from that of the lane on.
+// Every 32nd element of a row-major array `width` wide, beginning with element `lane`.
 struct Walk {
     int width, row, col, rows, cols;
 
@@ -158,10 +158,10 @@ __device__ Placement place(const MaskSpec& spec, int64_t id) {
 
 // Floyd's algorithm, 32 draws at a time: sets the bits in `picked` of a random `spec.keep` of `length` ranks.
 //
-// Draw i is a rank from 0 to last(i) = length - keep + i, and takes last(i) instead if its rank is taken. One by one
-// these are `keep` dependent steps. But after draw j its rank is taken in any case, so draw i finds its own taken if
-// (and only if) an equal draw came before, or it equals last(j) of an earlier j that found its rank taken. Such chains
-// are short. Draws of earlier rounds are in `picked`.
+// Draw i is a rank from 0 to last(i) = length - keep + i; if the rank is taken, draw i takes last(i) instead. One by
+// one these are `keep` dependent steps. But draw j leaves its rank taken in either case. So the rank of draw i is
+// taken if and only if an earlier draw was equal, or the rank is last(j) of an earlier draw j whose rank was taken.
+// Such chains are short. `picked` holds the draws of earlier rounds.
 __device__ void pick_subset(const MaskSpec& spec, int64_t id, int length, uint32_t* picked) {
     const int lane = lane_index(), first = length - spec.keep;
     const uint32_t lower = (uint32_t{1} << lane) - 1;
@@ -172,7 +172,7 @@ __device__ void pick_subset(const MaskSpec& spec, int64_t id, int length, uint32
         const bool draws = i < spec.keep;
         const Words u = words_at(spec, id, kSubset, i / 4);
         const uint32_t even = i % 4 < 2 ? u.w[0] : u.w[2], odd = i % 4 < 2 ? u.w[1] : u.w[3];
-        const int rank = draws ? below(i % 2 == 0 ? even : odd, last + 1) : ~lane;  // idle lanes equal nobody
+        const int rank = draws ? below(i % 2 == 0 ? even : odd, last + 1) : ~lane;  // idle lanes equal no other
         const int owner = rank - first - done;                   // the lane whose last(j) this is
         bool taken = (__match_any_sync(kAll, rank) & lower) != 0;
         if (draws) taken = taken || (picked[rank / 32] >> rank % 32 & 1) != 0;
@@ -188,7 +188,7 @@ __device__ void pick_subset(const MaskSpec& spec, int64_t id, int length, uint32
     }
 }
 
-// Grid row `row` of flags that lie one behind another.
+// Returns grid row `row` of N consecutive flags.
 __device__ uint64_t row_of(const MaskSpec& spec, const uint32_t* flags, int row) {
     if (row >= spec.height) return 0;
     const int word = row * spec.width / 32, shift = row * spec.width % 32;
@@ -202,8 +202,8 @@ __device__ Placement place_random(const MaskSpec& spec, int64_t id, uint32_t* pi
     return {0, {row_of(spec, picked, lane), row_of(spec, picked, lane + kLanes)}, spec.keep, true};
 }
 
-// Calls visit(patch, slot) for every patch, in the lane it falls to, with its slot among the patches that are set in
-// `rows` and, if `picked` is given, whose rank among these is set there; -1 if it is none of them.
+// Calls visit(patch, slot) once for every patch, in some lane. The slot counts the patches set in `rows`; if `picked`
+// is given, only those whose rank among them is set in `picked`. The slot of any other patch is -1.
 template <typename Visit>
 __device__ void list_patches(const MaskSpec& spec, const uint64_t* rows, const uint32_t* picked, Visit visit) {
     const int lane = lane_index(), patches = spec.height * spec.width;
@@ -223,7 +223,7 @@ __device__ void list_patches(const MaskSpec& spec, const uint64_t* rows, const u
     }
 }
 
-// Calls visit(k, row, col) for patch k of the M Kt of the targets.
+// Calls visit(k, row, col) for each patch k of the M Kt patches of the targets.
 template <typename Visit>
 __device__ void list_targets(const MaskSpec& spec, uint32_t targets, Visit visit) {
     const int lane = lane_index(), area = spec.target_h * spec.target_w;
@@ -235,7 +235,7 @@ __device__ void list_targets(const MaskSpec& spec, uint32_t targets, Visit visit
     }
 }
 
-// Puts the covered rows and the patches before each into `scratch`; returns the number of covered patches.
+// Stores the covered rows, and the number of patches before each, in `scratch`. Returns the number of covered patches.
 __device__ int store_covered(const Rows& covered, Scratch& scratch) {
     const int lane = lane_index();
     const uint32_t own = __popcll(covered.low) | __popcll(covered.high) << 16;  // at most 2,048 in either half
@@ -253,7 +253,7 @@ __device__ int store_covered(const Rows& covered, Scratch& scratch) {
     return (total & 0xFFFF) + (total >> 16);
 }
 
-// Sums never exceed the room for what they count: so they fit 32 bits, and an offset is clipped as it is made.
+// Sums are clipped to the room `cap`, so they fit 32 bits and need no later clipping as offsets.
 __device__ uint32_t add_up_to(uint32_t cap, uint32_t a, uint32_t b) {
     const uint64_t sum = uint64_t{a} + b;
     return sum < cap ? static_cast<uint32_t>(sum) : cap;
@@ -263,8 +263,8 @@ __device__ void publish(volatile uint64_t* where, uint32_t launch, bool inclusiv
     *where = uint64_t{launch << 1 | (inclusive ? 1u : 0u)} << 32 | sum;
 }
 
-// What all blocks before `block` have published, for the whole block: thread t reads the t-th before it. A value
-// carries its own tag, so it needs no order with other memory.
+// Returns the sum of all blocks before `block`, in every thread: thread t reads the t-th block before. A value carries
+// its own tag, so no order with other memory is needed.
 __device__ uint32_t look_back(const volatile uint64_t* published, uint32_t launch, int64_t block, uint32_t cap) {
     __shared__ uint32_t sums[kWarps];
     __shared__ bool complete[kWarps];
@@ -276,7 +276,7 @@ __device__ uint32_t look_back(const volatile uint64_t* published, uint32_t launc
         if (other >= 0) {
             while ((word = published[other * kSums]) >> 33 != launch) __nanosleep(20);
         }
-        // Up to the nearest that includes its own predecessors: the lowest bit set, and those below it.
+        // Add up to the nearest sum that includes its predecessors: the lowest bit set, and the bits below.
         const uint32_t inclusive = __ballot_sync(kAll, (word >> 32 & 1) != 0);
         const bool counts = ((inclusive ^ (inclusive - 1)) >> lane & 1) != 0;
         const uint32_t sum = __reduce_add_sync(kAll, counts ? static_cast<uint32_t>(word) : 0);
@@ -295,7 +295,7 @@ __device__ uint32_t look_back(const volatile uint64_t* published, uint32_t launc
     }
 }
 
-// Where the patches of this warp's image begin and end among those of the call, and where those of the block end.
+// The begin and end of the patches of this warp's image in the list of the call, and the end of the block's patches.
 struct Span {
     uint32_t begin, end, block_end;
 };
@@ -316,7 +316,7 @@ __device__ Span locate(const Arguments& a, uint32_t launch, int64_t block, Sum w
     return span;
 }
 
-// Faithful: the shortest context of the block, and of the call if the others have added theirs.
+// Faithful: adds the block's shortest context; the last block to do so stores the shortest of the call.
 __device__ void add_shortest(const Arguments& a, int64_t block, const uint32_t* lengths) {
     Workspace& shared = *a.workspace;
     uint32_t shortfall = 0;
@@ -331,8 +331,8 @@ __device__ void add_shortest(const Arguments& a, int64_t block, const uint32_t* 
     if (a.shortest != nullptr) *a.shortest = static_cast<int32_t>(shared.shortest);
 }
 
-// The context of one image, from `begin` on in what is given for it: `length` patches, of which `room` are written or,
-// if it is longer, -1 behind them (faithful, and an image without a context).
+// Lists the context of one image from out.context[begin] on: the first `room` of its `length` patches. If `room` is
+// larger, -1 follows (faithful, and an image without a context).
 __device__ void list_context(const MaskOutputs& out, const MaskSpec& spec, int64_t image, const uint64_t* rows,
                              const uint32_t* picked, int length, int64_t begin, int room) {
     const int patches = spec.height * spec.width;
@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(kThreads) sample_masks(const Arguments a) {
             const unsigned long long drawn = atomicAdd(&a.workspace->tickets, 1ull);
             ticket = static_cast<uint32_t>(drawn);
             launch = static_cast<uint32_t>(drawn >> 32) % 0x7FFFFFFF + 1;  // 31 bits, not the 0 of fresh memory
-            // The last to draw in this launch prepares the next.
+            // The last block to draw in this launch prepares the next launch.
             if (ticket == gridDim.x - 1) atomicAdd(&a.workspace->tickets, (1ull << 32) - gridDim.x);
         }
         __syncthreads();
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kThreads) sample_masks(const Arguments a) {
         if (spec.mode == kFaithful && threadIdx.x == kLanes - 1) add_shortest(a, block, counts[kContexts]);
     }
 
-    if (!idle) {  // what needs no other image, while the other blocks publish
+    if (!idle) {  // needs no other image: the other blocks publish meanwhile
         if (spec.mode == kFixed && placed.length > spec.keep) {
             pick_subset(spec, a.ids[image], placed.length, scratch.picked);
             picked = scratch.picked;
@@ -461,7 +461,7 @@ __global__ void __launch_bounds__(kThreads) sample_masks(const Arguments a) {
             list_context(out, spec, image, scratch.context, nullptr, placed.length, span.begin, span.end - span.begin);
             if (lane == 0) store_offset(out.offsets, a.n, image, span);
         }
-        // One block pads: `cap` is meant to leave a few percent.
+        // One block pads: `cap` should leave only a few percent.
         for (int64_t k = span.block_end + threadIdx.x; last_block && k < cap; k += kThreads) {
             if (out.context != nullptr) out.context[k] = -1;
             if (out.image_of != nullptr) out.image_of[k] = -1;
@@ -483,7 +483,7 @@ __global__ void __launch_bounds__(kThreads) sample_masks(const Arguments a) {
     }
 }
 
-// Faithful: the cut to the batch minimum, which is known when every block of the first kernel has finished.
+// Faithful: cuts to the batch minimum, which is known when every block of the first kernel has finished.
 __global__ void __launch_bounds__(kThreads) cut_inverse(const Arguments a) {
     const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (k < a.n * a.spec.height * a.spec.width && a.out.inverse[k] >= a.workspace->shortest) a.out.inverse[k] = -1;
@@ -504,30 +504,32 @@ int64_t blocks_for(int64_t n) { return (n + kWarps - 1) / kWarps; }
 
 extern "C" {
 
-// Hash of the sources this library was built from: a stale build is recognised by it.
+// Hash of the sources that the library was built from, which reveals a stale build.
 const char* cjepa_source_hash() { return CJEPA_SOURCE_HASH; }
 
 const char* cjepa_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-// 0 if the library holds code for the device and its driver can load it, else a cudaError.
+// Returns 0 if the library holds code for the device and the driver can load the code, else a cudaError.
 int cjepa_cuda_check(int device) {
-    cudaFuncAttributes attributes;  // asking also loads the kernels, which a stream capture might not allow
+    cudaFuncAttributes attributes;  // the query also loads the kernels, which a stream capture might not allow
     cudaError_t error = cudaSetDevice(device);
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, cjepa::sample_masks);
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, cjepa::cut_inverse);
     return error;
 }
 
-// Bytes of device memory that calls with up to n images share; to be zeroed once. Calls that may overlap in time need
-// a workspace each.
+// Returns the bytes of device memory that calls with up to n images share. The caller zeroes the memory once. Calls
+// that may overlap in time need a workspace each.
 int64_t cjepa_mask_workspace_bytes(int64_t n) {
     return sizeof(cjepa::Workspace) + cjepa::blocks_for(n) * cjepa::kSums * sizeof(uint64_t);
 }
 
-// spec and outputs in host memory, everything else on the device. step: read in place of spec->step unless null; ids
-// [n]; shortest: faithful, the batch minimum of counts, where contexts are [n, context_h context_w] with -1 behind the
-// counts[i] patches of image i; status: raised to kNoContext if an image found no context (its list is empty), else
-// left alone. shortest and status may be null. Returns a cudaError: cudaErrorInvalidValue for an impossible spec.
+// Samples the masks of ids [n]. spec and outputs are in host memory, the rest is on the device.
+//   step      read in place of spec->step unless null
+//   shortest  faithful: the batch minimum of counts, or null. Contexts are then [n, context_h context_w], with -1 after
+//             the counts[i] patches of image i
+//   status    raised to kNoContext if an image found no context (its list is empty), else left alone; or null
+// Returns a cudaError: cudaErrorInvalidValue for an impossible spec.
 int cjepa_sample_masks_cuda(const cjepa::MaskSpec* spec, const uint32_t* step, const int64_t* ids, int64_t n,
                             const cjepa::MaskOutputs* outputs, int32_t* shortest, int32_t* status, void* workspace,
                             int device, void* stream) {

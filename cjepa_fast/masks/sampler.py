@@ -60,7 +60,7 @@ MODES = {
     # The distribution of the released code with its quirks. Contexts need one patch more than `min_keep`. If redrawing
     # the window fails often, targets may overlap the context.
     "faithful": MaskMode(Mode.FAITHFUL, _published, _published, Context.PREFIX),
-    # The blocks of fixed, redrawn while fewer than `min_keep` patches are left; contexts lie one behind another.
+    # The blocks of fixed, redrawn while fewer than `min_keep` patches are left; contexts follow each other in one list.
     "packed": MaskMode(Mode.PACKED, drawn, drawn, Context.ALL),
     # The weaker samplers of I-JEPA's Table 6, where the block and the random patches have scale 0.6.
     "rasterized": MaskMode(Mode.RASTERIZED, quadrants, quadrants, Context.COMPLEMENT, num_targets=3),

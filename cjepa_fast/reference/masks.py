@@ -1,7 +1,7 @@
-"""The plain NumPy truth of the mask sampler; `csrc/mask_sampler.cpp` and `csrc/mask_sampler.cu` give the same bits.
+"""The truth of the mask samplers in plain NumPy; csrc/mask_sampler.cpp and csrc/mask_sampler.cu give the same bits.
 
-Every random number is a word of Philox4x32-10 (Salmon et al., SC 2011), read at an address instead of drawn
-from a state, so a mask depends on (seed, step, sample id) and on nothing else:
+Every random number is a word of Philox4x32-10 (Salmon et al., SC 2011) at an address; no state is drawn from. A mask
+therefore depends on (seed, step, sample id) alone:
 
     key     = (seed low 32 bits, seed high 32 bits)
     counter = (id low 32 bits, id high 32 bits, step, stream << 28 | attempt << 8 | block)
@@ -24,13 +24,13 @@ import numpy as np
 from cjepa_fast.philox import philox4x32
 
 SIZES, TARGETS, CONTEXT, SUBSET = range(4)
-TRIES_PER_REGION = 20  # faithful: failures before one more target may overlap the context
+TRIES_PER_REGION = 20  # faithful: failed attempts before one more target may overlap the context
 MAX_SIDE, MAX_TARGETS = 64, 64
-MAX_ATTEMPTS = 64  # fixed: each fails for about 1 image in 128, at worst (a large min_keep) for 1 in 2
+MAX_ATTEMPTS = 64  # fixed, packed: an attempt fails for 1 image in 128, with a large min_keep for 1 in 2 at worst
 
 
 class Mode(IntEnum):
-    """How context and targets are found: `csrc/mask_spec.h` and `cjepa_fast.masks.MultiBlockSampler` say it."""
+    """The modes: csrc/mask_spec.h specifies them, `cjepa_fast.masks.MODES` describes them."""
 
     FIXED = 0
     FAITHFUL = 1
@@ -41,7 +41,7 @@ class Mode(IntEnum):
 
 
 class MaskSpec(NamedTuple):
-    """All that the masks of one call depend on, apart from the sample ids; csrc/mask_spec.h explains the modes."""
+    """All that the masks of one call depend on, apart from the sample ids."""
 
     seed: int
     step: int
@@ -53,23 +53,24 @@ class MaskSpec(NamedTuple):
     target_w: int
     context_h: int
     context_w: int
-    min_keep: int  # packed: fewest patches of a context; faithful: one less than that
-    keep: int  # context patches of every image; fixed: 0 to measure the raw counts; faithful, packed: without meaning
+    min_keep: int  # packed: fewest patches of a context; faithful: one less than the fewest
+    keep: int  # context patches of every image, fixed: 0 measures the raw counts; unused in faithful and packed
     cap: int = 0  # packed: room for the contexts of the call
     union_cap: int = 0  # room for the unions of the call
 
 
 class MaskArrays(NamedTuple):
-    """What one call gives: B images, M targets of Kt patches, N patches of the grid; int16 except where noted.
+    """Masks of B images with M targets of Kt patches each, on a grid of N patches: int16 unless noted.
 
-    Patch numbers are row-major; lists of them and slots ascend. None: not asked for, or not a part of the mode.
+    Patches are numbered row by row. A slot is a position in the image's own list. Lists and slots ascend. A field is
+    None if the caller did not ask for it or the mode has no such list.
     """
 
     context: np.ndarray  # [B, Kc]; packed: [cap], image after image, then -1
     target: np.ndarray  # [B, M, Kt]
     counts: np.ndarray  # [B] int32, the length of each context before any cut
     offsets: np.ndarray | None = None  # [B + 1] int32, packed: where each context begins; none exceeds cap
-    image_of: np.ndarray | None = None  # [cap] int32, packed: the image of each token, -1 behind the last
+    image_of: np.ndarray | None = None  # [cap] int32, packed: the image of each token, -1 after the last
     inverse: np.ndarray | None = None  # [B, N], slot of each patch in its image's context, else -1
     union: np.ndarray | None = None  # [union_cap], the patches of any target, image after image, then -1
     union_offsets: np.ndarray | None = None  # [B + 1] int32, where each union begins; none exceeds union_cap
@@ -77,7 +78,7 @@ class MaskArrays(NamedTuple):
 
 
 def check(spec: MaskSpec, ids: np.ndarray) -> None:
-    """Raises ValueError with the first property of `ids`, or field of `spec`, that is not as the samplers need it."""
+    """Raise ValueError for the first property of `ids`, or field of `spec`, that the samplers cannot take."""
     if not isinstance(ids, np.ndarray):
         where = f"a {type(ids).__name__}" + (f" on {ids.device}" if hasattr(ids, "device") else "")
         raise ValueError(f"ids is {where}: pass a NumPy array")
@@ -110,7 +111,7 @@ def check(spec: MaskSpec, ids: np.ndarray) -> None:
         limits["keep"] = (0, window)
     elif spec.mode in (Mode.FAITHFUL, Mode.PACKED):
         limits["min_keep"] = (0, window - 1)
-    else:  # one value for most fields: the context is the complement of the targets
+    else:  # the context is the complement of the targets, which leaves most fields one value
         parts, h, w = (3, height / 2, width / 2) if spec.mode == Mode.RASTERIZED else (1, height, width)
         limits |= {"num_targets": (parts, parts), "context_h": (h, h), "context_w": (w, w)}
         if spec.mode == Mode.RASTERIZED:
@@ -126,7 +127,7 @@ def check(spec: MaskSpec, ids: np.ndarray) -> None:
 
 
 def _words(spec: MaskSpec, ids: np.ndarray, stream: int, address: int) -> np.ndarray:
-    """The four words at one address for every sample: [B, 4]."""
+    """Return the four words at one address for every sample: [B, 4]."""
     counter = np.empty((len(ids), 4), np.uint32)
     counter[:, 0] = ids & 0xFFFFFFFF
     counter[:, 1] = ids >> 32
@@ -139,21 +140,21 @@ def _below(words: np.ndarray, n: int | np.ndarray) -> np.ndarray:
 
 
 def _corner(spec: MaskSpec, words: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Top-left corner [B, 2] of an h x w block from its row and column words [B, 2]."""
-    # The reference passes H - h to an exclusive randint, so its blocks never touch the last row or column.
+    """Return the top-left corners [B, 2] of h x w blocks from their row and column words [B, 2]."""
+    # The published code passes H - h to an exclusive randint: its blocks never touch the last row or column.
     room = 0 if spec.mode == Mode.FAITHFUL else 1
     rows = _below(words[:, 0], spec.height - h + room)
     return np.stack((rows, _below(words[:, 1], spec.width - w + room)), axis=-1)
 
 
 def _inside(spec: MaskSpec, corner: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Which patches lie in the block at `corner` [B, 2]: [B, H, W] bool."""
+    """Return whether each patch lies in the block at `corner` [B, 2]: [B, H, W] bool."""
     row, col = np.arange(spec.height) - corner[:, :1], np.arange(spec.width) - corner[:, 1:]
     return ((row >= 0) & (row < h))[:, :, None] & ((col >= 0) & (col < w))[:, None, :]
 
 
 def _listed(members: np.ndarray, size: int) -> np.ndarray:
-    """The `size` patches of each row of `members` [B, N] bool, ascending: [B, size]."""
+    """Return the `size` patches of each image's `members` [B, N] bool, ascending: [B, size]."""
     return np.nonzero(members)[1].reshape(len(members), size)
 
 
@@ -163,13 +164,13 @@ def _place_target(spec: MaskSpec, ids: np.ndarray, attempt: int, m: int) -> np.n
 
 
 def _target_patches(spec: MaskSpec, corners: np.ndarray) -> np.ndarray:
-    """The patches of blocks at `corners` [B, M, 2]: [B, M, Kt]."""
+    """Return the patches of blocks at `corners` [B, M, 2]: [B, M, Kt]."""
     block = np.arange(spec.target_h)[:, None] * spec.width + np.arange(spec.target_w)
     return corners[..., :1] * spec.width + corners[..., 1:] + block.reshape(-1)
 
 
 def _random_subset(spec: MaskSpec, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """A random `keep`-subset of range(counts[b]) for each sample, by Floyd's algorithm: [B, N] bool."""
+    """Draw `keep` of range(counts[b]) for each image by Floyd's algorithm (Bentley & Floyd, CACM 1987): [B, N] bool."""
     picked = np.zeros((len(ids), spec.height * spec.width), bool)
     image = np.arange(len(ids))
     words = np.empty((len(ids), 4), np.uint32)
@@ -183,7 +184,7 @@ def _random_subset(spec: MaskSpec, ids: np.ndarray, counts: np.ndarray) -> np.nd
 
 
 def _multi_block(spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Patches of the window outside the targets [B, N] bool, and the targets [B, M, Kt]: fixed, faithful, packed."""
+    """Return the window outside the targets [B, N] bool, and the targets [B, M, Kt]: fixed, faithful, packed."""
     batch, blocks, faithful = len(ids), spec.num_targets, spec.mode == Mode.FAITHFUL
     least = {Mode.FIXED: spec.keep, Mode.FAITHFUL: spec.min_keep + 1, Mode.PACKED: spec.min_keep}[Mode(spec.mode)]
     corners = np.empty((batch, blocks, 2), np.int64)
@@ -191,7 +192,7 @@ def _multi_block(spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarra
     pending = np.arange(batch)
     for attempt in range(TRIES_PER_REGION * blocks + 1 if faithful else MAX_ATTEMPTS):
         some = ids[pending]
-        if attempt == 0 or not faithful:  # the reference redraws the context alone
+        if attempt == 0 or not faithful:  # the published code redraws the window alone
             for m in range(blocks):
                 corners[pending, m] = _place_target(spec, some, attempt, m)
         window = _corner(spec, _words(spec, some, CONTEXT, attempt << 8), spec.context_h, spec.context_w)
@@ -206,7 +207,7 @@ def _multi_block(spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _ablation(spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Context [B, N] bool and targets [B, M, Kt] of the modes whose context is the complement of the targets."""
+    """Return contexts [B, N] bool and targets [B, M, Kt]: modes whose context is the complement of the targets."""
     patches = spec.height * spec.width
     if spec.mode == Mode.RASTERIZED:
         row, col = np.divmod(np.arange(patches), spec.width)
@@ -225,7 +226,7 @@ def _ablation(spec: MaskSpec, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack(members: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The patches of every row of `members` [B, N] one behind another [room], their row [room], the offsets [B + 1]."""
+    """List the patches in `members` [B, N] image after image [room], their images [room], and the offsets [B + 1]."""
     rows, patches = np.nonzero(members)
     listed, owner = np.full(room, -1), np.full(room, -1)
     listed[: len(patches)], owner[: len(patches)] = patches[:room], rows[:room]
@@ -234,11 +235,13 @@ def _pack(members: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def sample(spec: MaskSpec, ids: np.ndarray, *, inverse: bool = False, union: bool = False) -> MaskArrays:
-    """Masks of one call for `ids` [B] int64; `inverse` and `union` ask for the maps of these names.
+    """Return the masks of one call for `ids` [B] int64; `inverse` and `union` ask for the fields of these names.
 
-    What does not fit into `cap` or `union_cap` is left out, from the end; target slots are lowered so that
-    union_offsets[b] + slot < union_cap, which keeps a read through them in bounds. Raises RuntimeError if fixed or
-    packed find no context of the least length in MAX_ATTEMPTS.
+    Lists that exceed `cap` or `union_cap` lose their last entries. Target slots are lowered until
+    union_offsets[b] + slot < union_cap, so that a read through the slots stays in bounds.
+
+    Raises:
+        RuntimeError: fixed or packed find no context of the least length in MAX_ATTEMPTS.
     """
     if spec.mode in (Mode.FIXED, Mode.FAITHFUL, Mode.PACKED):
         kept, target = _multi_block(spec, ids)
@@ -247,7 +250,7 @@ def sample(spec: MaskSpec, ids: np.ndarray, *, inverse: bool = False, union: boo
     counts = kept.sum(1)
     if spec.mode == Mode.FIXED:
         picked = _random_subset(spec, ids, counts)
-        # Both sides of the indexing list the free patches of all images in one row-major order.
+        # Both sides of the indexing list the free patches of all images in the same row-major order.
         kept[kept] = picked[np.arange(kept.shape[1]) < counts[:, None]]
     elif spec.mode == Mode.FAITHFUL:
         kept &= kept.cumsum(1) <= counts.min()
