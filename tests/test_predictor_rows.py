@@ -168,10 +168,11 @@ def test_sequence_offsets_cut_the_packed_tokens() -> None:
             assert torch.equal(tokens[start:end], expected)
 
 
-def test_offsets_beyond_the_context_write_nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shift", [-40, 20, 40])
+def test_offsets_beyond_the_context_write_nothing_outside(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong offsets on the device cannot be refused without waiting for it, but must not touch other memory."""
     given = inputs(SHAPES[1], packed=True)
-    given["offsets"] += 20
+    given["offsets"] += shift
     memory: list[Tensor] = []
 
     def allocate(*size: Any, **options: Any) -> Tensor:
@@ -183,7 +184,7 @@ def test_offsets_beyond_the_context_write_nothing_outside(monkeypatch: pytest.Mo
     ops.predictor_rows(**given, impl="triton")
     monkeypatch.undo()
     (tokens,) = memory
-    assert (tokens[::2] == 7).all() and not (tokens[1] == 7).all()
+    assert (tokens[::2] == 7).all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
