@@ -385,8 +385,8 @@ void cjepa_philox4x32(const uint32_t* counter, uint64_t key, uint32_t* out) {
 }
 
 // Samples the masks of ids [n]; the number of threads changes no bit. `context`, `offsets` and `image_of` of packed
-// mode are wanted together or not at all, likewise the three outputs of a union. Returns a Status; unless kOk, the outputs
-// are incomplete.
+// mode are wanted together or not at all, and likewise the three outputs of a union. Returns a Status; unless kOk, the
+// outputs are incomplete.
 int cjepa_sample_masks(const MaskSpec* spec, const int64_t* ids, int64_t n, int threads, const MaskOutputs* outputs) {
     if (!valid(*spec) || n < 1) return kBadSpec;
     const MaskOutputs& out = *outputs;

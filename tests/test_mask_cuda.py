@@ -1,4 +1,4 @@
-"""The CUDA mask sampler. Without a GPU its source is compiled as C++ against cuda_on_cpu.h, which runs every thread."""
+"""The CUDA mask sampler. Without a GPU its source is compiled as C++ with cuda_on_cpu.h, which emulates threads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Schedule = tuple[int, int, int]  # seed, blocks that run at a time, order in whi
 
 
 def emulator(source: Path, output: Path, *flags: str) -> ctypes.CDLL:
-    """A CUDA source as C++, with its `cuda_on_cpu_schedule`."""
+    """Compile a CUDA source as C++ and type its `cuda_on_cpu_schedule`."""
     try:
         compiler = native.compiler()
     except build.Unavailable as reason:
@@ -61,7 +61,7 @@ def emulators(tmp_path_factory: pytest.TempPathFactory) -> dict[int, ctypes.CDLL
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Memory from torch.empty starts as UNTOUCHED, between two pages of it; to call when they should still be whole."""
+    """Have torch.empty return UNTOUCHED memory between two guard pages; return a check that the guards are whole."""
     page, memories = 4096, []
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -93,7 +93,7 @@ def emulate(
     workspace: torch.Tensor,
     schedule: Schedule,
 ) -> tuple[native_cuda.DeviceMasks, int]:
-    """Masks and status; the step comes from memory, where one of a graph's replays would read it."""
+    """Return masks and status; the step comes from memory, as in a replayed graph."""
     library.cuda_on_cpu_schedule(*schedule)
     step, status = torch.tensor(spec.step), torch.zeros((), dtype=torch.int32)
     spec = spec._replace(step=12345)
@@ -104,7 +104,7 @@ def emulate(
 
 
 def assert_equal(masks: native_cuda.DeviceMasks, expected: MaskArrays) -> None:
-    """Bit for bit; a faithful context beyond the cut to the batch minimum is -1 from its count on."""
+    """Assert equal bits; in faithful mode contexts are uncut, with -1 from the image's count on."""
     for name, theirs in expected._asdict().items():
         tensor = getattr(masks, name)
         assert (tensor is None) == (theirs is None), name
@@ -120,7 +120,7 @@ def assert_equal(masks: native_cuda.DeviceMasks, expected: MaskArrays) -> None:
 
 
 def random_spec(mode: Mode, rng: random.Random, large: bool) -> tuple[MaskSpec, np.ndarray]:
-    """Any spec the sampler takes, also ones that need many redraws or never succeed, and ids for it."""
+    """Draw a spec that the sampler accepts, and ids; some specs need many redraws or never succeed."""
     sides = (33, 47, 63, 64) if large else (2, 3, 5, 6, 7, 8, 9, 12, 14, 14, 14, 16, 16, 17, 28, 31, 32)
     height, width = rng.choice(sides), rng.choice(sides)
     room = mode == Mode.FAITHFUL
@@ -151,7 +151,7 @@ def random_spec(mode: Mode, rng: random.Random, large: bool) -> tuple[MaskSpec, 
 
 
 def typical(mode: Mode, batch: int) -> MaskSpec:
-    """A 14x14 grid with room for every patch."""
+    """Return a spec of a 14x14 grid with room for every patch."""
     blocks = {
         Mode.RASTERIZED: (3, 7, 7, 7, 7, 0, 49),
         Mode.BLOCK: (1, 10, 10, 14, 14, 0, 96),
@@ -162,7 +162,7 @@ def typical(mode: Mode, batch: int) -> MaskSpec:
 
 @pytest.mark.parametrize("mode", Mode)
 def test_equals_numpy_bit_for_bit(emulators: dict[int, ctypes.CDLL], guarded: Callable[[], None], mode: Mode) -> None:
-    """Every call of a build uses one workspace, whatever its size and mode."""
+    """All calls of a build share one workspace, for any size and mode."""
     workspaces = {warps: new_workspace(library, 300) for warps, library in emulators.items()}
     succeeded = 0
     for case in range(40):
@@ -219,7 +219,7 @@ def test_replays_with_another_step_and_other_ids(emulators: dict[int, ctypes.CDL
 def test_the_sampler_gives_the_same_masks_on_a_gpu(
     emulators: dict[int, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """`MultiBlockSampler(impl="cuda")` with memory that the emulation can reach in place of a GPU's."""
+    """Run `MultiBlockSampler(impl="cuda")` on the CPU's memory, which the emulation can reach."""
     library = emulators[WARPS[0]]
 
     def sample(spec: MaskSpec, step: torch.Tensor, ids: torch.Tensor, **options: Any) -> native_cuda.DeviceMasks:
@@ -288,7 +288,7 @@ def test_an_image_without_context_is_empty_and_spoils_no_other(emulators: dict[i
 
 @pytest.mark.parametrize("mode", Mode)
 def test_every_output_may_be_left_out(emulators: dict[int, ctypes.CDLL], mode: Mode) -> None:
-    """Each output alone, from the C interface, is what it is together with the others; what a mode lacks is ignored."""
+    """Each output alone has the bits that it has among all; outputs that a mode lacks are ignored."""
     library, ids = emulators[8], torch.arange(20)
     workspace = new_workspace(library, 20)
     library.cuda_on_cpu_schedule(1, 2, SHUFFLED)
@@ -517,7 +517,7 @@ def test_gpu_graph_replays_with_another_step_and_other_ids(gpu: None, mode: Mode
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [Mode.PACKED, Mode.FAITHFUL])
 def test_gpu_many_more_blocks_than_fit(gpu: None, mode: Mode) -> None:
-    """2**18 images are 32,768 blocks. The NumPy truth of 2,048 of them, and sums over the others, suffice."""
+    """2**18 images are 32,768 blocks. Compare 2,048 images with NumPy, and the sums of all."""
     batch = 1 << 18
     spec = typical(mode, batch)
     step, ids = torch.tensor([spec.step], device="cuda"), torch.arange(batch, device="cuda")

@@ -1,4 +1,4 @@
-"""The samplers in C++ and NumPy: the same bits, those of every version before, and the same refusals."""
+"""The samplers in C++ and NumPy: the same bits as each other and as every earlier version, and the same refusals."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ GRIDS = ((6, 6), (7, 7), (8, 8), (14, 14), (16, 16), (28, 28), (8, 12), (64, 64)
 
 @st.composite
 def specs(draw: st.DrawFn) -> MaskSpec:
-    """Any spec the samplers accept, also ones that need many redraws, never succeed, or have too little room."""
+    """Draw a spec that the samplers accept; some need many redraws, never succeed, or have too little room."""
     mode = draw(st.sampled_from(Mode))
     grids = [grid for grid in GRIDS if mode != Mode.RASTERIZED or grid[0] % 2 == grid[1] % 2 == 0]
     if mode == Mode.FAITHFUL:
@@ -142,7 +142,7 @@ def test_threads_change_nothing(library: None, mode: str) -> None:
     ],
 )
 def test_masks_stay_what_they_were(grid: int | tuple[int, int], mode: str, min_keep: int, digest: str) -> None:
-    """Of the first version of the sampler, so that a later one resumes its runs and repeats its results."""
+    """The digests are of the first version, so that later versions resume its runs and repeat its results."""
     sampler, found = make(mode, grid, seed=2**40 + 3, min_keep=min_keep), hashlib.sha256()
     for step in (0, 1, 77, 2**32 - 1):
         for indices in sampler.sample(step, [0, 1, 5, 2**31, 2**62 + 9, *range(100, 160)])[:2]:
@@ -202,7 +202,7 @@ RANDOM = MaskSpec(1, 2, Mode.RANDOM, 14, 14, 1, 1, 100, 14, 14, 10, 96)
     ],
 )
 @pytest.mark.parametrize("impl", ["native", "numpy"])
-def test_the_door_refuses_with_the_value(
+def test_ops_refuse_bad_arguments_with_the_value(
     library: None, impl: str, spec: MaskSpec, changes: dict[str, Any], words: str
 ) -> None:
     ids = changes.get("ids", np.arange(4))
@@ -243,7 +243,7 @@ field_values = st.dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(spec=specs(), changes=field_values)
-def test_library_and_door_refuse_the_same(library: None, spec: MaskSpec, changes: dict[str, int]) -> None:
+def test_library_and_check_refuse_the_same(library: None, spec: MaskSpec, changes: dict[str, int]) -> None:
     spec, ids = spec._replace(**changes), np.arange(3)
     try:
         reference_masks.check(spec, ids)

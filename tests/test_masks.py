@@ -1,4 +1,4 @@
-"""Masks: what one depends on, its form in every mode, the published statistics, and arguments that are refused."""
+"""Masks: inputs that decide a mask, its form in every mode, the published statistics, and refused arguments."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from cjepa_fast import config, ops
 from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.engine import cost
+from cjepa_fast.engine.build import build_sampler, main
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import MODES, Masks, MultiBlockSampler
 from cjepa_fast.reference import masks as reference_masks
 from cjepa_fast.reference.masks import MaskSpec, Mode
-from cjepa_fast.train import build_sampler, main
 from masking import ABLATIONS, PAPER, make
 
 CUT = ("fixed", "faithful")  # the contexts are cut to one length
 
 
 def coverage(index: torch.Tensor, side: int) -> np.ndarray:
-    """How often each patch occurs in `index`: [side, side]."""
+    """Count how often each patch occurs in `index`: [side, side]."""
     return np.bincount(index.numpy().ravel(), minlength=side * side).reshape(side, side)
 
 
@@ -32,7 +32,7 @@ def cut(masks: Masks) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def uncovered(target: torch.Tensor, patches: int) -> np.ndarray:
-    """Patches outside every target block: [B, patches] bool."""
+    """Return whether each patch is outside every target block: [B, patches] bool."""
     free = np.ones((len(target), patches), bool)
     np.put_along_axis(free, target.flatten(1).long().numpy(), False, axis=1)
     return free
@@ -199,7 +199,7 @@ def test_fixed_has_few_shapes_near_the_published_mean() -> None:
 
 
 def test_fixed_rejects_under_one_percent() -> None:
-    """Kc is the 1/128 quantile at the smallest window, checked with ids that did not decide it."""
+    """Kc is the 1/128 quantile at the smallest window, checked with other ids than those of the simulation."""
     keep = {area: keep or 0 for _, keep, area in make().shapes()}
     for size in ((5, 6), (7, 5), (6, 6), (6, 7)):
         spec = MaskSpec(9, 0, Mode.FIXED, 14, 14, 4, *size, 13, 13, 10, 0)
@@ -249,7 +249,7 @@ def test_fixed_subsets_are_equally_likely() -> None:
 
 
 def untrimmed(sampler: MultiBlockSampler, step: int, ids: np.ndarray) -> reference_masks.MaskArrays:
-    """The contexts of a fixed sampler before they are cut: packed draws the same blocks if its `min_keep` is Kc."""
+    """Return the contexts of a fixed sampler before the cut: packed draws the same blocks if its `min_keep` is Kc."""
     spec = sampler.spec(step, len(ids))
     spec = spec._replace(mode=Mode.PACKED, min_keep=spec.keep, cap=len(ids) * spec.context_h * spec.context_w)
     return ops.sample_masks(spec, ids, impl=sampler.impl)
@@ -304,7 +304,7 @@ def test_rooms_hold_every_batch_and_little_more(grid: int, batch: int, full: tup
 
 
 def test_rooms_depend_on_block_size_and_batch_alone() -> None:
-    """Not on the steps or batches that came before, which differ after a restart."""
+    """Earlier steps and batches, which differ after a restart, have no influence."""
     forwards, backwards = (make("packed", seed=1) for _ in range(2))
     calls = [(step, batch) for step in range(40) for batch in (16, 128)]
     specs = {call: forwards.spec(*call, union=True) for call in calls}
@@ -312,8 +312,8 @@ def test_rooms_depend_on_block_size_and_batch_alone() -> None:
 
 
 @pytest.mark.parametrize("impl", ["native", "numpy"])
-def test_what_does_not_fit_is_left_out_from_the_end(impl: str) -> None:
-    """Of a room too small for anything but a test: no read through the maps leaves its list."""
+def test_overfull_lists_lose_their_last_entries(impl: str) -> None:
+    """No read through the maps leaves a list, even with far too little room."""
     ids = np.arange(40)
     spec = make("packed").spec(0, len(ids), union=True)
     whole = ops.sample_masks(spec, ids, impl=impl, inverse=True, union=True)
@@ -360,7 +360,7 @@ def test_maps_lead_back_to_the_patches(grid: int | tuple[int, int], mode: str) -
 
 @pytest.mark.parametrize("mode", MODES)
 def test_trimmed(mode: str) -> None:
-    """All entries are there, in the same memory, and less than a 32nd of the list behind them; in few lengths."""
+    """Trimmed lists hold all entries in the same memory, have padding under a 32nd of the list, and few lengths."""
     lengths = set()
     for step in range(200):
         masks = make(mode).sample(step, range(16), union=True)
@@ -379,8 +379,21 @@ def test_trimmed(mode: str) -> None:
     assert len(lengths) <= 60, lengths
 
 
+@pytest.mark.parametrize(
+    ("device", "keep_shapes", "shorter"), [("cpu", False, True), ("cpu", True, False), ("meta", False, False)]
+)
+def test_placed_masks_lose_padding_only_on_a_cpu_without_compiled_shapes(
+    device: str, keep_shapes: bool, shorter: bool
+) -> None:
+    masks = make("packed").sample(0, range(16))
+    masks = masks._make(None if mask is None else mask.to(device) for mask in masks)
+    placed = masks.placed(torch.device(device), keep_shapes=keep_shapes)
+    assert (len(placed.context) < len(masks.context)) == shorter
+    assert placed.target is masks.target
+
+
 def test_mean_size_of_the_union() -> None:
-    """Published simulations: 87.3, 115.3 and 355 patches; theirs vary with the block sizes they happened to draw."""
+    """Published simulations give 87.3, 115.3 and 355 patches, with an error from the block sizes that they drew."""
     for side, union in ((14, 87.3), (16, 115.3), (28, 355)):
         sampler, total = make("faithful", side), 0
         for step in range(300):

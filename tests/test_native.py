@@ -1,3 +1,5 @@
+"""The build, the cache and the loading of the C++ library, and the fallback without a compiler."""
+
 from __future__ import annotations
 
 import logging
@@ -27,7 +29,7 @@ SPEC = MaskSpec(1, 2, Mode.FIXED, 14, 14, 4, 6, 6, 13, 13, 10, 45)
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package folder with the sources and no library, an empty cache, and no earlier answer."""
+    """Make a package folder with sources but no library and an empty cache, and forget the loaded library."""
     folder = tmp_path / "package"
     shutil.copytree(build.PACKAGE / "csrc", folder / "csrc")
     monkeypatch.setattr(build, "PACKAGE", folder)
@@ -91,7 +93,7 @@ def test_two_processes_may_build_at_once(package: Path, compiler: None, tmp_path
     ]
     said = sorted(run.communicate()[1] for run in runs)
     assert [run.returncode for run in runs] == [0, 0], said
-    assert said[0] == "" and said[1].startswith("built ") and said[1].count("\n") == 1  # the other one waited
+    assert said[0] == "" and said[1].startswith("compiled csrc") and said[1].count("\n") == 1  # the other one waited
     assert len(cached(tmp_path)) == 1
 
 
@@ -100,7 +102,7 @@ def test_without_a_compiler_numpy_serves_and_says_so(package: Path, monkeypatch:
     with pytest.warns(RuntimeWarning, match=r"20 times slower.*no C\+\+ compiler"):
         sampler = make(seed=3)
     assert sampler.impl == "numpy"
-    with warnings.catch_warnings():  # one who asked for it is not warned
+    with warnings.catch_warnings():  # no warning if NumPy was asked for
         warnings.simplefilter("error")
         asked = make(seed=3, impl="numpy")
     assert torch.equal(sampler.sample(0, range(4)).context, asked.sample(0, range(4)).context)
@@ -152,7 +154,7 @@ def test_a_broken_file_in_the_cache_is_replaced(package: Path, compiler: None, t
 def test_the_code_for_any_cpu_gives_the_same_masks(
     package: Path, compiler: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library holds its loops for several levels of x86-64; here without, as for other machines and compilers."""
+    """The library holds loops for several levels of x86-64; other machines and compilers have the plain loops."""
     monkeypatch.setattr(build, "HOST_FLAGS", RELEASE)
     assert reload() is None
     ids = np.arange(100)

@@ -1,4 +1,4 @@
-"""The wheel holds what the checkout holds, and `kernels` is ours only as `cjepa_fast.kernels`."""
+"""The wheel holds the files of the checkout, and the kernels only as `cjepa_fast.kernels`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def build(folder: Path, **environ: str) -> Path:
-    """The wheel of what a commit of the working tree would hold, from a copy: building leaves folders behind."""
+    """Build the wheel of the files that a commit would hold, in a copy, because building leaves folders behind."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     for name in filter(None, files):

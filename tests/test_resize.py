@@ -1,4 +1,4 @@
-"""Images resized to squares on a CPU: Pillow's arithmetic to the bit, with any number of threads."""
+"""Images resized to squares on a CPU: Pillow's bits from the library for any number of threads; torch is near."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def noise(n: int, low: int, high: int) -> list[np.ndarray]:
 
 
 def pillow(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize columns, then rows, in two calls: within one call Pillow chooses the order."""
+    """Resize columns, then rows: two calls fix the order, which Pillow chooses in one call."""
     columns = Image.fromarray(image).resize((image.shape[1], size), Image.Resampling.BILINEAR)
     return np.asarray(columns.resize((size, size), Image.Resampling.BILINEAR))
 
@@ -40,7 +40,7 @@ def test_pillow_resizes_the_same(impl: str, low: int, high: int, size: int):
     assert difference <= (impl == "torch")
 
 
-def test_a_missing_library_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+def test_log_gives_the_reason_for_the_fallback_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(native, "why_unavailable", lambda: "no compiler, for a test")
     caplog.set_level("INFO", logger="cjepa_fast")
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_a_missing_library_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplo
     assert [record.getMessage() for record in caplog.records] == ["resize: torch (no compiler, for a test)"]
 
 
-def test_extremes_stay_and_images_of_the_size_are_left_alone(impl: str):
+def test_constant_images_and_images_of_the_size_stay_unchanged(impl: str):
     for value in (0, 255):
         assert (resize_images([np.full((37, 11, 3), value, dtype=np.uint8)], 50) == value).all()
     images = noise(3, 40, 41)
@@ -62,7 +62,7 @@ def test_threads_do_not_change_a_bit(impl: str):
     assert resize_images([], 32, 2).shape == (0, 32, 32, 3)
 
 
-def test_the_library_refuses_strided_images():
+def test_the_library_refuses_images_that_are_not_contiguous():
     if reason := native.why_unavailable():
         pytest.skip(f"no C++ library: {reason}")
     with pytest.raises(AssertionError, match="not C-contiguous"):

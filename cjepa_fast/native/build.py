@@ -145,7 +145,7 @@ def load(
             os.replace(partial, path)
     except OSError as error:
         raise Unavailable(f"the library could not be built in {path.parent}: {error}") from error
-    log.info("built %s with %s", path, command[0])
+    log.info("compiled csrc/*.%s with %s: %s", suffix, command[0], path)
     if library := open_library(path, functions, source):
         return library
     raise Unavailable(f"{path} was built but cannot be loaded")

@@ -91,22 +91,11 @@ def check(spec: MaskSpec, ids: np.ndarray) -> None:
 
     height, width, room = spec.height, spec.width, int(spec.mode == Mode.FAITHFUL)
     patches, window = height * width, spec.context_h * spec.context_w
-    limits: dict[str, tuple[float, float]] = {
-        "seed": (0, 2**64 - 1),
-        "step": (0, 2**32 - 1),
-        "mode": (0, max(Mode)),
-        "height": (1, MAX_SIDE),
-        "width": (1, MAX_SIDE),
-        "num_targets": (1, MAX_TARGETS),
-        "target_h": (1, height - room),
-        "target_w": (1, width - room),
-        "context_h": (1, height - room),
-        "context_w": (1, width - room),
-        "min_keep": (0, 2**31 - 1),
-        "keep": (0, 2**31 - 1),
-        "cap": (0, 2**31 - 1),
-        "union_cap": (0, 2**31 - 1),
-    }
+    limits: dict[str, tuple[float, float]] = {"seed": (0, 2**64 - 1), "step": (0, 2**32 - 1), "mode": (0, max(Mode))}
+    limits |= {"height": (1, MAX_SIDE), "width": (1, MAX_SIDE), "num_targets": (1, MAX_TARGETS)}
+    limits |= dict.fromkeys(("target_h", "context_h"), (1, height - room))
+    limits |= dict.fromkeys(("target_w", "context_w"), (1, width - room))
+    limits |= dict.fromkeys(("min_keep", "keep", "cap", "union_cap"), (0, 2**31 - 1))
     if spec.mode == Mode.FIXED:
         limits["keep"] = (0, window)
     elif spec.mode in (Mode.FAITHFUL, Mode.PACKED):
