@@ -16,7 +16,7 @@ from bench.scale.machine import Machine, collective_ms
 from bench.scale.operations import Network, Operation, Step
 from bench.scale.timeline import lay_out
 from bench.step.trainers import configure
-from bench.training import Plan, build_networks, build_sampler
+from bench.training import Plan, build_method, build_sampler
 from cjepa_fast import ops
 from cjepa_fast.config import World, replace
 from cjepa_fast.kernels import variance_covariance as kernel
@@ -94,7 +94,7 @@ def test_one_gpu_computes_alone() -> None:
     assert row["collectives"] == 0 and row["efficiency"] == 1 and row["bottleneck"] == "compute"
     c = replace(configure("tiny", "fixed", "bf16"), {"optim.batch_size": 64})
     context, target = build_sampler(c).expected_tokens()
-    networks = build_networks(c)
+    networks = build_method(c)
     trained, encoder = (
         sum(p.numel() for p in part.parameters() if p.requires_grad) for part in (networks, networks.encoder)
     )
@@ -183,7 +183,7 @@ def test_the_kernel_sums_what_the_model_says(rows: int, width: int) -> None:
     kernel.fwd(z, 0, rows, rows * ranks, gram, True, 1.0, 1e-4, lambda tensor: summed.append(tensor.nbytes))
     c = replace(
         configure("tiny", "fixed", "bf16"),
-        {"optim.batch_size": rows * ranks, "loss.projector_width": width, "loss.projector_layers": 1},
+        {"optim.batch_size": rows * ranks, "loss.projector": (width,)},
     )
     world = World(size=ranks, local_size=ranks)
     step = Step(

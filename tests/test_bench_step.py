@@ -358,10 +358,10 @@ def test_gflop_table(c: Config, tokens: tuple[float, float], printed: tuple[floa
 
 def test_flop_of_the_projector() -> None:
     """A linear layer for each mean embedding, forward and backward: 4 target blocks, or context and target."""
-    c = config.replace(SMALL, {"loss.projector_width": 100, "loss.projector_layers": 3})
+    c = config.replace(SMALL, {"loss.projector": (100, 100, 100)})
     layers = 6 * (384 * 100 + 2 * 100 * 100) / 1e9
     for views, changes in (
-        (4, {}), (2, {"loss.vicreg_views": "context_target"}), (0, {"loss.vicreg_weight": 0.0}),
+        (4, {}), (2, {"loss.vicreg_views": "context_target"}), (0, {"method": "ijepa"}),
     ):  # fmt: skip
         flop = gflop_per_image(config.replace(c, changes), context_tokens=50, target_tokens=33)
         assert flop.projector == pytest.approx(views * layers)

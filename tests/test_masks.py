@@ -12,11 +12,12 @@ import torch
 from cjepa_fast import config, ops
 from cjepa_fast.config.presets import PRESETS
 from cjepa_fast.engine import cost
-from cjepa_fast.engine.build import build_sampler, main
+from cjepa_fast.engine.build import build_sampler
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import MODES, Masks, MultiBlockSampler
 from cjepa_fast.reference import masks as reference_masks
 from cjepa_fast.reference.masks import MaskSpec, Mode
+from cjepa_fast.train import main
 from masking import ABLATIONS, PAPER, make
 
 CUT = ("fixed", "faithful")  # the contexts are cut to one length
@@ -579,7 +580,7 @@ def test_the_sampler_has_no_defaults_of_its_own(name: str) -> None:
     [
         ({"mask.num_targets": 65}, "mask.num_targets: 65 is out of range; use 1 to 64"),
         ({"mask.mode": "rasterized"}, "mask.num_targets: 4 does not fit mode rasterized; use 3"),
-        ({"mask.mode": "block", "loss.vicreg_weight": 0.0}, "mask.num_targets: 4 does not fit mode block; use 1"),
+        ({"mask.mode": "block", "method": "ijepa"}, "mask.num_targets: 4 does not fit mode block; use 1"),
         (
             {"mask.mode": "rasterized", "mask.num_targets": 3, "model.image_size": 36},
             "mask.mode: rasterized halves both sides of the grid, which has 9x9 patches; use even sides",
