@@ -22,30 +22,3 @@ from cjepa_fast.config.schema import (
     to_yaml,
 )
 from cjepa_fast.config.world import World, read_world, shard_size
-
-__all__ = [
-    "ENCODERS",
-    "Config",
-    "DataConfig",
-    "LossConfig",
-    "MaskConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "RunConfig",
-    "RuntimeConfig",
-    "VitShape",
-    "World",
-    "did_you_mean",
-    "differences",
-    "encoder_shape",
-    "get",
-    "key_types",
-    "keys",
-    "memory_plan",
-    "read_world",
-    "replace",
-    "shard_size",
-    "to_yaml",
-    "validate",
-    "validate_world",
-]

@@ -2,5 +2,3 @@
 
 from cjepa_fast.losses.prediction import prediction_loss
 from cjepa_fast.losses.second_moment import block_vicreg, context_target_vicreg, vicreg
-
-__all__ = ["block_vicreg", "context_target_vicreg", "prediction_loss", "vicreg"]

@@ -2,5 +2,3 @@
 
 from cjepa_fast.masks.batch import Masks
 from cjepa_fast.masks.sampler import MODES, MultiBlockSampler
-
-__all__ = ["MODES", "Masks", "MultiBlockSampler"]

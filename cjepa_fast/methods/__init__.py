@@ -14,6 +14,3 @@ METHODS: dict[str, Callable[[Config], Method]] = {"cjepa": jepa.build, "ijepa": 
 def build_method(c: Config) -> Method:
     """Build the method of a configuration on the CPU, its weights drawn from torch's global generator."""
     return METHODS[c.method](c)
-
-
-__all__ = ["METHODS", "Forward", "Loss", "Method", "build_method"]

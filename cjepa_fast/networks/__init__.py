@@ -1,5 +1,3 @@
 """The encoder, the predictor and their parts."""
 
 from cjepa_fast.networks.vit import Encoder, Impl, Predictor, build_encoder, build_predictor
-
-__all__ = ["Encoder", "Impl", "Predictor", "build_encoder", "build_predictor"]

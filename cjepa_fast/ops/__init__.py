@@ -18,26 +18,3 @@ from cjepa_fast.ops._prediction_loss import prediction_loss
 from cjepa_fast.ops._predictor_rows import predictor_rows, sequence_offsets
 from cjepa_fast.ops._resize import resize_images
 from cjepa_fast.ops._variance_covariance import variance_covariance, variance_covariance_form
-
-__all__ = [
-    "adamw_ema",
-    "attention",
-    "choose",
-    "float8_linear",
-    "linear",
-    "mask_sampler",
-    "mask_workspace",
-    "patch_embed",
-    "prediction_loss",
-    "predictor_rows",
-    "quantise_rows",
-    "require",
-    "require_attention",
-    "require_float8",
-    "resize_images",
-    "sample_masks",
-    "sample_masks_on_gpu",
-    "sequence_offsets",
-    "variance_covariance",
-    "variance_covariance_form",
-]

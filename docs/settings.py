@@ -1,4 +1,4 @@
-"""Write the reference of all settings:  python -m cjepa_fast.config.document > docs/configuration.md"""
+"""Write the reference of all settings:  python docs/settings.py > docs/configuration.md"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cjepa_fast.config.schema import Config, key_types, keys
 
 _HEAD = """# Settings
 
-Made by `python -m cjepa_fast.config.document`; a test holds this file to the code.
+Made by `python docs/settings.py`; a test holds this file to the code.
 
 A run starts from a preset (`--preset NAME`), then reads YAML files (`--config FILE`, repeatable), then flags such as
 `--optim.lr 1e-4`. Later beats earlier. In YAML a key is written in its section (`optim: {lr: 1e-4}`). A boolean flag
