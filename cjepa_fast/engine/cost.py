@@ -7,6 +7,7 @@ dispatch mode follows every allocation. So any method is counted, without formul
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import weakref
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ def count(c: Config, world: World, tokens: Tokens | None, *, reshard: bool = Fal
     taken = min(parts, 2)  # further micro-batches only add their outputs
     with torch.device("meta"):
         method = build_method(plain)
-    with FakeTensorMode():
+    with _silence(), FakeTensorMode():
         _materialise(method)
         if recompute:
             for block in method.modules():
@@ -205,6 +206,17 @@ def report(c: Config, world: World, steps: Length, plan: Plan, tokens: Tokens | 
         f" copies {_gb(memory.copies)}, activations at most {_gb(memory.activations)}",
     ]
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the implementations of the counted step out of the log, which names those of the run."""
+    log = logging.getLogger("cjepa_fast")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class _Live(TorchDispatchMode):
