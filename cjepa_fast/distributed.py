@@ -1,7 +1,7 @@
-"""What the job needs of torch.distributed: FSDP2 units, sums whose gradients are exact, gathering of rows.
+"""Process group, FSDP2 units, and collectives with exact gradients.
 
-Convention: every rank holds a loss L_r, and FSDP2 averages gradients over ranks, so the objective is mean_r L_r. A
-collective whose backward sums the upstream gradients of all ranks is then exact for 1 and N processes alike.
+Every rank holds a loss L_r, and FSDP2 averages gradients over ranks, so the objective is mean_r L_r. A collective whose
+backward sums the upstream gradients of all ranks is then exact for 1 and N processes alike.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def connect(rank: int, size: int, device: torch.device) -> None:
-    """Starts the process group (NCCL on GPUs, gloo on CPUs) when there is more than one process."""
+    """Start the process group (NCCL on GPUs, gloo on CPUs) if there is more than one process."""
     if size == 1:
         return
-    # torchrun keeps one store over restarts on a machine: a prefix per attempt keeps stale addresses out of the next
+    # torchrun keeps one store over restarts on a machine; a prefix per attempt hides stale addresses.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=300)))
     dist.init_process_group(
@@ -38,7 +38,7 @@ def connect(rank: int, size: int, device: torch.device) -> None:
 
 
 def world_size() -> int:
-    """Number of processes that take part in collectives."""
+    """Return the number of processes that take part in collectives."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -61,7 +61,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(x: Tensor, *, same_downstream: bool = False) -> Tensor:
-    """Sum of `x` over ranks, differentiable: the backward pass sums the upstream gradients of all ranks.
+    """Sum `x` over ranks, differentiably: the backward pass sums the upstream gradients of all ranks.
 
     same_downstream: promise that every rank computes the same function of the sum, so that the upstream gradients
         are equal and their sum needs no collective.
@@ -71,13 +71,13 @@ def sum_over_ranks(x: Tensor, *, same_downstream: bool = False) -> Tensor:
 
 @torch.no_grad()
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean of `x` over ranks, without gradient."""
+    """Average `x` over ranks, without gradient."""
     return sum_over_ranks(x) / world_size()
 
 
 @torch.no_grad()
 def gather_rows(x: Tensor) -> Tensor:
-    """Concatenates [n, ...] of every rank (equal shapes) along the first dimension, in rank order."""
+    """Concatenate [n, ...] of every rank (equal shapes) along the first dimension, in rank order."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -86,7 +86,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def least(value: float | None, device: torch.device) -> float | None:
-    """The least `value` of any rank; None stays None, as it does on all ranks or none."""
+    """Return the least `value` of any rank; None, which all ranks must share, stays None."""
     if world_size() == 1 or value is None:
         return value
     found = torch.tensor(value, dtype=torch.float64, device=device)
@@ -95,7 +95,7 @@ def least(value: float | None, device: torch.device) -> float | None:
 
 
 def union_over_ranks(values: Collection[int]) -> frozenset[int]:
-    """What any rank has."""
+    """Return the union of the values of all ranks."""
     if world_size() == 1:
         return frozenset(values)
     parts: list[list[int]] = [[] for _ in range(world_size())]
@@ -104,7 +104,7 @@ def union_over_ranks(values: Collection[int]) -> frozenset[int]:
 
 
 def mesh(device_type: str, shard_size: int) -> DeviceMesh | None:
-    """How state is laid out over the processes: `shard_size` consecutive ranks share one copy; None for one process.
+    """Return the layout of state: `shard_size` consecutive ranks share one copy; None for one process.
 
     1-D (all share one copy), or 2-D (replicate, shard): gradients are then reduced among the ranks of a copy, and
     their shards averaged over the copies.
@@ -121,7 +121,7 @@ def shard(
     network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh | None, *, unit: int, reshard: bool,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Shards a network in place with FSDP2, `unit` transformer blocks at a time; nothing happens without a mesh.
+    """Shard a network in place with FSDP2, `unit` transformer blocks at a time; do nothing without a mesh.
 
     Args:
         reshard: free gathered weights after each unit's forward pass (ZeRO-3). Without it they are kept until the
@@ -131,7 +131,7 @@ def shard(
     """
     if mesh is None:
         return
-    # FSDP2 warns that an output which is a view must not be changed in place; no caller changes an output
+    # FSDP2 warns about in-place changes of outputs that are views; no caller changes an output.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     precise = torch.promote_types(dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=precise, cast_forward_inputs=False)
@@ -141,10 +141,9 @@ def shard(
 
 
 def forget_forwards(network: nn.Module) -> None:
-    """Clears FSDP2's notes of forward passes of a network that never runs backward, which would grow for ever.
+    """Clear FSDP2's notes on forward passes of a network without backward passes; they would grow for ever.
 
-    FSDP2 notes every pass of every unit for the backward pass that is to come, and clears its notes there; without one
-    they take about 100 bytes a unit and step. What is not sharded has no notes.
+    FSDP2 notes every pass of every unit, and clears the notes in the backward pass. A note takes about 100 bytes.
     """
     for module in network.modules():
         if isinstance(module, FSDPModule):
@@ -157,10 +156,9 @@ def forget_forwards(network: nn.Module) -> None:
 
 
 def checkpoint_activations(block: nn.Module) -> None:
-    """Makes a block keep its input alone for backward, and recompute the rest; nothing random happens inside.
+    """Make a block keep its input alone for backward, and recompute the rest; nothing random happens inside.
 
-    Its class's forward is called as ever, so names in state dicts stay. To be applied before `block.compile` and
-    `shard`.
+    Names in state dicts stay. Call this before `block.compile` and `shard`.
     """
 
     def recomputed(self: nn.Module, *args: Any) -> Any:

@@ -190,7 +190,7 @@ def _read_yaml(path: Path) -> tuple[str | None, dict[str, Any], dict[str, Value]
 
 
 def _entries(node: yaml.Node, path: Path, prefix: str, known: Iterable[str]) -> Iterator[tuple[str, yaml.Node]]:
-    """(dotted key, node) of a mapping, each key known and there once."""
+    """Yield (dotted key, node) of a mapping; each key must be known and occur once."""
     import yaml
 
     _check_tag(node, path, prefix.rstrip(".") or "file")

@@ -147,7 +147,7 @@ class DataConfig:
     probe_root: str | None = None
     """Labelled images that query the 20-NN probe; None holds out a fixed part of root."""
     index: Literal["quick", "thorough"] = "quick"
-    """What is read to index images at first use: headers (quick) or every byte (thorough)."""
+    """Indexing at first use reads headers (quick) or every byte (thorough)."""
     max_pixels: int = 178_956_970
     """Larger images are left out, as decompression bombs; the default is Pillow's limit."""
     on_error: Literal["error", "skip"] = "error"

@@ -21,15 +21,15 @@ class World:
 
 
 def shard_size(config: Config, world: World) -> int:
-    """Processes that share one copy of the state; consecutive ranks, so that None keeps gathering within a node."""
+    """Return the number of consecutive ranks that share one copy of the state; by default those of a node."""
     if config.runtime.shard_size is not None:
         return config.runtime.shard_size
-    # torchrun allows nodes of different sizes, over which no group of this size fits
+    # Groups of this size do not fit nodes of different sizes, which torchrun allows.
     return world.local_size if world.size % world.local_size == 0 else world.size
 
 
 def read_world(environ: Mapping[str, str]) -> World:
-    """This process's place from torchrun's variables; a lone process where there are none.
+    """Read this process's place from torchrun's variables; without them it is a lone process.
 
     Raises UserError if they are incomplete or contradict each other.
     """

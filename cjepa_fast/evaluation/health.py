@@ -1,4 +1,4 @@
-"""Is the run healthy? Figures that tell a collapse from learning when the loss does not, and the k-NN probe.
+"""Health figures, which tell collapse from learning when the loss cannot, and k-NN accuracy.
 
 `features` are mean-pooled target embeddings [n, D] unless said otherwise; everything is computed in fp32.
 """
@@ -13,7 +13,7 @@ from cjepa_fast.networks.sequences import take_rows
 
 
 def feature_std(features: Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation of L2-normalised features, times sqrt(D): scalar.
+    """Average the standard deviations of L2-normalised features over dimensions, times sqrt(D): scalar.
 
     1 for features spread evenly over the sphere, 0 for features all alike (SimSiam, Chen & He, 2021, fig. 2).
     """
@@ -22,7 +22,7 @@ def feature_std(features: Tensor) -> Tensor:
 
 
 def rankme(features: Tensor) -> Tensor:
-    """RankMe (Garrido et al., ICML 2023, arXiv 2210.02885): exp of the entropy of the singular values, a scalar.
+    """Compute RankMe (Garrido et al., ICML 2023, arXiv 2210.02885): exp of the singular values' entropy, a scalar.
 
     Between 1 and min(n, D). Singular values are square roots of the eigenvalues of the D x D Gram matrix (fp64).
     """
@@ -33,7 +33,7 @@ def rankme(features: Tensor) -> Tensor:
 
 
 def cosine_gap(predictions: Tensor, targets: Tensor, target_indices: Tensor) -> Tensor:
-    """Mean cosine of predictions with their own targets minus that with another image's targets at the same places.
+    """Compare predictions with their own targets and with another image's at the same places: difference of mean cosines.
 
     Near 0 when targets have become a pure code of position ("positional collapse", CAPI, Darcet et al., 2025), which
     loss and token-level spread do not show.
@@ -51,7 +51,7 @@ def cosine_gap(predictions: Tensor, targets: Tensor, target_indices: Tensor) -> 
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, *, k: int = 20, temperature: float = 0.07
 ) -> float:  # fmt: skip
-    """Top-1 accuracy in [0, 1] of weighted k-NN with cosine similarity (Wu et al., CVPR 2018; as in DINO).
+    """Return the top-1 accuracy in [0, 1] of weighted k-NN with cosine similarity (Wu et al., CVPR 2018; as in DINO).
 
     Args: bank [n, D], queries [m, D]; labels int64 [n], [m]; neighbours vote with exp(cosine / temperature).
     """

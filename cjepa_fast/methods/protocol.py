@@ -49,11 +49,11 @@ class Method(nn.Module):
     views: int = 1
     """Views of each image that the feed delivers."""
     independent_views: bool = False
-    """Whether each view has its own crop and flip; else views differ in colour alone."""
+    """Each view has its own crop and flip; else views differ in colour alone."""
     masked: bool = False
-    """Whether the feed delivers masks."""
+    """The feed delivers masks."""
     needs_all_targets: bool = True
-    """Whether the loss needs the judged encoder's tokens of whole images, not of target patches alone."""
+    """The loss needs the judged encoder's tokens of whole images, not of target patches alone."""
 
     @property
     def judged(self) -> nn.Module:
