@@ -33,7 +33,7 @@ def rankme(features: Tensor) -> Tensor:
 
 
 def cosine_gap(predictions: Tensor, targets: Tensor, target_indices: Tensor) -> Tensor:
-    """Compare predictions with their own targets and with another image's at the same places: difference of mean cosines.
+    """Subtract the mean cosine with another image's targets, at the same places, from that with the own targets.
 
     Near 0 when targets have become a pure code of position ("positional collapse", CAPI, Darcet et al., 2025), which
     loss and token-level spread do not show.
