@@ -1,5 +1,5 @@
 #!/bin/bash
-# Starts a run on whole nodes, or continues it: sbatch docs/slurm.sh RUN --preset NAME --data.root PATH ...
+# Start or continue a run on whole nodes: sbatch docs/slurm.sh RUN --preset NAME --data.root PATH ...
 # RUN is the run directory, on a file system that all nodes share. See docs/cluster.md.
 #SBATCH --job-name=cjepa
 #SBATCH --nodes=2
@@ -21,14 +21,16 @@ else
 fi
 before=$(cat "$run/run_state.json" 2> /dev/null)
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# torchrun passes on the signals it is told of; USR1 would else end it alone and orphan its processes. That of torch 2.11
-# knows no --shutdown-timeout: leave it out there, and let a checkpoint and run.log_every steps fit in 30 s
+# torchrun passes on only the signals listed here: without USR1 in the list, USR1 would end torchrun alone and orphan its
+# processes. torch 2.11 has no --shutdown-timeout: leave it out there, and a checkpoint must fit in 30 s with
+# run.log_every steps.
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node gpu \
     --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 110 \
     -m cjepa_fast.train "${arguments[@]}"
-code=$? # 1 after a signal, also when the checkpoint is complete
-# a job that fails before its first step leaves what the one before it wrote, and would be queued without end
+code=$? # 1 after a signal, even if the checkpoint is complete
+# A job that fails before its first step leaves the state of the previous job. So requeue only if the state has changed,
+# or the job would be queued without end.
 if [ "$before" != "$(cat "$run/run_state.json")" ] && grep -q '"status": "preempted"' "$run/run_state.json"; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
