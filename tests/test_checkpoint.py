@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from cjepa_fast.errors import UserError
 from cjepa_fast.run import checkpoint
@@ -147,3 +148,27 @@ def test_manifest_says_what_made_it(tmp_path: Path) -> None:
     manifest = json.loads((save(tmp_path, 3) / checkpoint.MANIFEST).read_text())
     assert manifest["step"] == 3 and manifest["torch"] == torch.__version__ and manifest["processes"] == 1
     assert {".metadata", "__0_0.distcp"} <= set(manifest["files"])
+
+
+def test_any_optimizer_is_saved_and_restored(tmp_path: Path) -> None:
+    """SGD with momentum, whose state has other names than AdamW's."""
+
+    def trained(steps: int, load: bool = False) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        if load:
+            checkpoint.init_state(optimizer)
+            assert checkpoint.load(tmp_path, checkpoint.training_state(layer, optimizer)) == (2, {})
+        for _ in range(steps):
+            layer(torch.ones(4, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return layer, optimizer
+
+    layer, optimizer = trained(2)
+    state = checkpoint.training_state(layer, optimizer)
+    assert {"optimizer.weight.momentum_buffer", "optimizer.bias.momentum_buffer"} <= state.keys()
+    checkpoint.save(tmp_path, 2, state, keep=2, extra={})
+    for ours, theirs in zip(trained(3, load=True)[0].parameters(), trained(5)[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -8,41 +8,29 @@ from typing import Any
 from cjepa_fast.config.schema import ENCODERS, Config
 from cjepa_fast.errors import UserError
 
-_AUGMENT = "data.augment and data.augment_strength took its place"
-_COEFFICIENTS = "loss.vicreg_coefficients SIM STD COV took its place"
-_PROJECTOR = "loss.projector WIDTH WIDTH ... took its place"
-_MEMORY = "runtime.memory took its place"
-_EXACT = "always on, as it is exact"
-
 RETIRED: dict[str, str] = {
     "model.predictor_heads": "the predictor has as many heads as the encoder",
-    "loss.sim_weight": _COEFFICIENTS,
-    "loss.std_weight": _COEFFICIENTS,
-    "loss.cov_weight": _COEFFICIENTS,
-    "loss.projector_width": _PROJECTOR,
-    "loss.projector_layers": _PROJECTOR,
+    **{f"loss.{term}_weight": "loss.vicreg_coefficients SIM STD COV took its place" for term in ("sim", "std", "cov")},
+    **{f"loss.projector_{key}": "loss.projector WIDTH WIDTH ... took its place" for key in ("width", "layers")},
     "optim.betas": "fixed at 0.9 0.999",
     "optim.eps": "fixed at 1e-8",
     "optim.schedule_scale": "fixed at 1",
     "data.crop_ratio": "fixed at 3/4 to 4/3",
     "data.views": "the method and data.augment decide",
-    "data.color_jitter": _AUGMENT,
-    "data.color_jitter_p": _AUGMENT,
-    "data.grayscale_p": _AUGMENT,
-    "data.blur_p": _AUGMENT,
-    "data.blur_sigma": _AUGMENT,
-    "data.solarize_p": _AUGMENT,
-    "runtime.predictor_targets_only": _EXACT,
-    "runtime.predictor_shared_start": _EXACT,
-    "runtime.target_union_only": _EXACT,
-    "runtime.weight_copies": _EXACT,
+    **{
+        f"data.{key}": "data.augment and data.augment_strength took its place"
+        for key in ("color_jitter", "color_jitter_p", "grayscale_p", "blur_p", "blur_sigma", "solarize_p")
+    },
+    **{
+        f"runtime.{key}": "always on, as it is exact"
+        for key in ("predictor_targets_only", "predictor_shared_start", "target_union_only", "weight_copies")
+    },
     "runtime.keep_memory": "always on",
     "runtime.fsdp_blocks": "fixed at 4",
     "runtime.prefetch": "fixed at 2",
     "runtime.hw_decoder_load": "fixed at 0.65",
-    "runtime.reshard": _MEMORY,
-    "runtime.checkpoint_activations": _MEMORY,
-    "runtime.memory_gb": _MEMORY + ", as auto:GB",
+    **{f"runtime.{key}": "runtime.memory took its place" for key in ("reshard", "checkpoint_activations")},
+    "runtime.memory_gb": "runtime.memory took its place, as auto:GB",
 }
 
 Value = str | list[str | None] | None  # of a key as YAML spells it

@@ -165,10 +165,5 @@ def shard(method: Method, mesh: DeviceMesh | None, *, reshard: bool, unit: int) 
     for network in method.children():
         own = list(blocks(network))
         free = reshard and bool(own) if _is_trained(network) else True
-        dtype = _gathered_dtype(method) if own else torch.float32
+        dtype = getattr(method.judged, "dtype", torch.float32) if own else torch.float32
         distributed.shard(network, own, mesh, unit=unit, reshard=free, dtype=dtype)
-
-
-def _gathered_dtype(method: Method) -> torch.dtype:
-    judged = method.judged
-    return getattr(judged, "dtype", torch.float32)
