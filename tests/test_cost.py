@@ -56,8 +56,8 @@ def test_flop_are_those_of_a_real_step(changes: dict[str, Any]) -> None:
     method = build_method(replace(c, {"runtime.kernels": "eager"}))
     images = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward_backward(method, images, [masks(8, 12, 9)])
-    assert sum(count(c, World(), (12.0, 9.0)).gflop.values()) * 8e9 == pytest.approx(
+        forward_backward(method, images, [masks(8, 60, 30)])
+    assert sum(count(c, World(), (60.0, 30.0)).gflop.values()) * 8e9 == pytest.approx(
         counter.get_total_flops(), rel=0.03
     )
 
