@@ -101,7 +101,9 @@ def test_references_use_no_operation_of_ours(name: str, monkeypatch: pytest.Monk
     c = trainers.configure("tiny", "fixed", "fp32")
     trainer = trainers.build(trainers.Spec.parse(name), c, CPU)
     batch = trainer.batch(trainers.sample(c, 4, 1)[0])
-    for operation in ops.__all__:
+    operations = [name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")]
+    assert {"attention", "adamw_ema", "patch_embed", "predictor_rows", "variance_covariance"} <= set(operations)
+    for operation in operations:
         monkeypatch.setattr(ops, operation, refuse)
     trainer.step(batch)
 

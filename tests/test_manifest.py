@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 from collections.abc import Callable
@@ -88,6 +89,7 @@ def test_reading_shards_keeps_few_files_open(data: Path):
     for i, content in enumerate(contents):
         (data / f"s{i:03d}.tar").write_bytes(tar((f"{i}.jpg", content)))
     manifest, _ = build(data)
+    gc.collect()  # else files that earlier tests left to the collector may be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     order = np.random.default_rng(0).integers(0, 100, 4000).tolist()
     with ThreadPoolExecutor(8) as pool:
