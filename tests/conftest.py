@@ -40,6 +40,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def images(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of 20 images each, cat and dog."""
+    from runs import write_images  # which loads the kernels
+
+    return write_images(tmp_path_factory.mktemp("data"), 20, ("cat", "dog"))
+
+
 @pytest.fixture
 def data(cache: None, tmp_path: Path) -> Path:
     """A folder for images, which the cache is not in."""

@@ -2,73 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import importlib
-import io
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tarfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from cjepa_fast import config, train
-from cjepa_fast.config.presets import PRESETS
-from cjepa_fast.engine.build import MaskFeed, build_sampler, compile_blocks
-from cjepa_fast.engine.step import forward_backward
-from cjepa_fast.feed.order import epoch_order
-from cjepa_fast.masks import Masks
-from cjepa_fast.methods import Method, build_method
-from cjepa_fast.run import checkpoint
+from cjepa_fast import train
 from cjepa_fast.run.session import quiet_garbage_collector
-from cjepa_fast.run.signals import InterruptFlag
 from cjepa_fast.train import main
-from runs import metrics, without_clocks, write_images
-
-STEPS = 12
-SMALL = (
-    "--model.encoder vit_demo --model.image-size 24 --model.patch-size 4 --model.predictor-depth 1 "
-    "--model.predictor-width 48 --model.precision fp32 --mask.target-scale 0.15 0.2 --mask.min-keep 3 "
-    "--mask.context-keep None --loss.vicreg-weight 0.01 "
-    f"--optim.batch-size 8 --optim.steps {STEPS} --optim.warmup-epochs 0.2 --run.log-every 1 --run.checkpoint-every 7 "
-    "--runtime.data-threads 1 --runtime.device cpu"
-).split()  # fmt: skip
-TWO_STEPS = ("--optim.steps", "2", "--optim.warmup-epochs", "0")
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def images(cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data"), 20, ("cat", "dog"))
-
-
-def run(images: Path, out: Path, *more: str) -> list[dict[str, Any]]:
-    assert main([*SMALL, "--data.root", str(images), "--run.dir", str(out), *more]) == 0
-    return metrics(out)
-
-
-def tensors(step: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    dcp_to_torch_save(step, scratch)
-    return torch.load(scratch)
-
-
-def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*command, "-m", "cjepa_fast.train", *arguments], capture_output=True, text=True, env=environment, timeout=200
-    )  # fmt: skip
+from runs import ROOT, SMALL, STEPS, metrics, run, tensors, torchrun, without_clocks
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +157,7 @@ def test_two_nodes_meet_and_one_goes_on(images: Path, straight: Path, tmp_path: 
 def test_speed_settings_change_nothing(
     images: Path, straight: Path, tmp_path: Path, setting: Sequence[str], tolerance: float
 ) -> None:
-    low = ["--model.precision", "bf16"] if "bf16" in setting else []
-    slow = {"bf16", "triton", "--runtime.compile"} & set(setting)
+    slow = {"triton", "--runtime.compile"} & set(setting)
     # a predictor of 4 heads of 24, which the attention kernel takes
     steps = ["--optim.steps", "2", "--model.predictor-width", "96"] if slow else []
     if "--runtime.compile" in setting:  # one block size: every further one costs the C++ compiler seconds
@@ -227,134 +177,9 @@ def test_speed_settings_change_nothing(
         ours = run(images, tmp_path / "run", *setting, *steps)
     finally:
         torch.set_num_threads(threads)
-    theirs = run(images, tmp_path / "plain", *steps, *low) if steps else metrics(straight)
+    theirs = run(images, tmp_path / "plain", *steps) if steps else metrics(straight)
     for a, b in zip(theirs, ours, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=tolerance, abs=0), f"step {a['step']}"
-
-
-@pytest.mark.parametrize(
-    ("compiled", "device", "shorter"),
-    [("auto", "cpu", True), ("static", "cpu", False), ("dynamic", "cpu", True), ("auto", "meta", False)],
-)
-def test_padding_is_left_where_it_keeps_shapes_few(
-    compiled: str, device: str, shorter: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    c = config.replace(PRESETS["demo"], {"mask.mode": "packed", "mask.context_keep": None, "runtime.compile": compiled})
-    feed = MaskFeed(c, build_method(c), torch.device("cpu"))
-    if device == "meta":  # stands for a GPU, to which no copy is pinned here
-        monkeypatch.setattr(Masks, "to", lambda masks, _: masks)
-        feed = MaskFeed(c, build_method(c), torch.device(device))
-    assert feed.sampler is not None
-    (masks,), drawn = feed(0, range(8)), feed.sampler.sample(0, range(8), union=True)
-    assert masks is not None and (len(masks.context) < len(drawn.context)) == shorter
-
-
-def test_the_compiler_takes_the_shapes_of_all_presets() -> None:
-    """Each block size has a shape of its own in the context encoder, in the predictor's first, last and other blocks,
-    and where the target encoder computes unions; all rows of the target encoder, and of its last block, add two.
-    """
-    limits = torch._dynamo.config
-    with limits.patch(recompile_limit=8, accumulated_recompile_limit=256):  # put back, also where it is changed within
-        assert compile_blocks(Method(), "static", torch.device("cpu"), "fixed") == "compiled for each shape"
-        least = min(limits.recompile_limit, limits.accumulated_recompile_limit)
-    for name, preset in PRESETS.items():
-        if preset.method == "vicreg":
-            continue  # one shape
-        for mode in ("fixed", "packed"):
-            sampler = build_sampler(config.replace(preset, {"mask.mode": mode, "mask.context_keep": None}))
-            sizes = {sampler.block_sizes(step) for step in range(2000)}
-            assert 5 * len(sizes) + 2 <= least, (name, mode)
-
-
-@pytest.mark.parametrize(
-    ("mode", "said"),
-    [
-        ("packed", "compiled for all shapes at once (auto: packed masks)"),
-        ("faithful", "compiled for all shapes at once (auto: faithful masks)"),
-        ("fixed", "compiled for each shape (auto: fixed masks)"),
-    ],
-)
-def test_programs_of_a_run(mode: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What auto would have on a GPU, and how often dynamo compiles for dynamic shapes: not once a block size."""
-    preset = {
-        "model.encoder": "vit_demo", "model.predictor_width": 48,
-        "model.predictor_depth": 3, "model.precision": "fp32", "mask.mode": mode, "mask.context_keep": None,
-    }  # fmt: skip
-    c = config.replace(PRESETS["cjepa_vit_small16_in1k"], preset)
-    method = build_method(c)
-    feed = MaskFeed(c, method, torch.device("cpu"))
-    sampler = feed.sampler
-    assert sampler is not None
-    compile_module, chosen = torch.nn.Module.compile, []
-
-    def compile_quickly(self: torch.nn.Module, *, dynamic: bool) -> None:
-        chosen.append(dynamic)
-        compile_module(self, dynamic=True, backend="aot_eager")  # as Inductor does, but for the machine code
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
-    assert compile_blocks(method, "auto", torch.device("cuda"), mode) == said
-    assert len(chosen) == 9 and set(chosen) == {mode != "fixed"}
-    torch._dynamo.reset()
-    programs = torch._dynamo.utils.counters["stats"]
-    before, images = programs["unique_graphs"], torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
-    steps = {sampler.block_sizes(step): step for step in reversed(range(60))}
-    for step in list(steps.values())[:8]:
-        forward_backward(method, images, sampler.sample_parts(step, range(2), 1, union=True))
-    assert 5 <= programs["unique_graphs"] - before <= 9
-
-
-@pytest.mark.parametrize(
-    ("number", "launcher"),
-    [
-        (signal.SIGTERM, []),
-        (signal.SIGUSR1, []),
-        # as docs/cluster.md says; the launcher ends with 1 after any signal
-        (signal.SIGUSR1, [
-            "torch.distributed.run", "--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
-            *(["--shutdown-timeout", "60"] if torch.__version__ >= "2.12" else []), "-m",
-        ]),
-    ],
-    ids=["SIGTERM", "SIGUSR1", "SIGUSR1 torchrun"],
-)  # fmt: skip
-def test_a_request_to_stop_ends_in_a_checkpoint(
-    images: Path, tmp_path: Path, number: signal.Signals, launcher: list[str]
-) -> None:
-    out = tmp_path / "run"
-    arguments = [*SMALL, "--data.root", str(images), "--run.dir", str(out), "--optim.steps", "5000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", *launcher, "cjepa_fast.train", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    ) as process:  # fmt: skip
-        while not (out / "metrics.jsonl").exists() or not metrics(out):
-            assert process.poll() is None
-            time.sleep(0.2)
-        process.send_signal(number)
-        if not launcher:  # as a scheduler and torchrun may both send it
-            time.sleep(0.02)
-            process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == (1 if launcher else 0) and "continue with --resume" in output
-    state = json.loads((out / "run_state.json").read_text())
-    assert state["status"] == "preempted" and 0 < state["step"] < 5000
-    assert (out / "checkpoints" / f"step-{state['step']:08d}" / checkpoint.MANIFEST).exists()
-
-
-def test_a_second_request_to_stop_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    ended: list[int] = []
-    clock = iter([100.0, 104.0, 106.0])
-    monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    try:
-        flag = InterruptFlag()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert flag.is_set and not ended
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert not ended
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert ended == [143]
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def test_after_an_error_no_group_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,17 +198,6 @@ def test_after_an_error_no_group_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
     assert not destroyed and gc.isenabled()
     monkeypatch.setattr(train, "train", lambda *arguments: 0)
     assert main([]) == 0 and destroyed == [True]
-
-
-def as_tar(images: Path, folder: Path) -> Path:
-    folder.mkdir()
-    with tarfile.open(folder / "train-0.tar", "w") as shard:
-        for i, path in enumerate(sorted(images.glob("*/*.jpg"))):
-            shard.add(path, f"{i:03d}.jpg")
-            label = tarfile.TarInfo(f"{i:03d}.cls")
-            label.size = 1
-            shard.addfile(label, io.BytesIO(b"0" if path.parent.name == "cat" else b"1"))
-    return folder
 
 
 @pytest.mark.parametrize("bad", [False, True])
@@ -422,154 +236,6 @@ def test_nothing_is_written_but_the_cache_and_the_run(images: Path, tmp_path: Pa
     )
     assert not [path for path in places["temporary"].rglob("*") if path.is_file()]
     assert stamps(ROOT / "cjepa_fast") == checkout
-
-
-def as_flat_folder(images: Path, folder: Path) -> list[str]:
-    folder.mkdir()
-    for i, path in enumerate(sorted(images.glob("*/*.jpg"))):
-        shutil.copy(path, folder / f"{i:03d}.jpg")
-    return [str(folder)]
-
-
-def as_parquet(images: Path, folder: Path) -> list[str]:
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: parquet is not tested")
-    paths = sorted(images.glob("*/*.jpg"))
-    rows = {
-        "image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
-        "label": [int(path.parent.name == "dog") for path in paths],
-    }
-    folder.mkdir()
-    importlib.import_module("pyarrow.parquet").write_table(
-        pyarrow.table(rows), folder / "train-0.parquet", row_group_size=7
-    )
-    return [str(folder / "train-*.parquet")]
-
-
-def as_list(images: Path, folder: Path, ending: str) -> list[str]:
-    """With labels, of paths relative to it."""
-    folder.mkdir()
-    lines = ["path,label"] if ending == "csv" else []
-    for path in sorted(images.glob("*/*.jpg")):
-        relative = os.path.relpath(path, folder)
-        lines.append(f"{relative},{path.parent.name}" if ending == "csv" else f"{relative}\t{path.parent.name}")
-    (folder / f"train.{ending}").write_text("\n".join(lines) + "\n")
-    return [str(folder / f"train.{ending}")]
-
-
-KINDS = {
-    "flat folder": (as_flat_folder, "40 images in 1 folder, no labels"),
-    "tar shards": (lambda images, folder: [str(as_tar(images, folder))], "40 images in 1 tar shard, 2 labels"),
-    "parquet": (as_parquet, "40 images in 1 parquet file, 2 labels"),
-    "text list": (functools.partial(as_list, ending="txt"), "40 images in a list of 40 paths, 2 labels"),
-    "CSV list": (functools.partial(as_list, ending="csv"), "40 images in a list of 40 paths, 2 labels"),
-    "mixture": (
-        lambda images, _: [f"{images / 'cat'}=1", f"{images / 'dog'}=1"],
-        "20 images in 1 folder, no labels, weight 1; 20 images in 1 folder, no labels, weight 1",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def two_steps(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return without_clocks(run(images, tmp_path_factory.mktemp("runs") / "two", *TWO_STEPS))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_source_trains_as_class_folders_do(
-    images: Path, two_steps: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
-    """The same images in the same order: every figure of every step is equal, and so is the probe's, given labels."""
-    lay_out, found = KINDS[kind]
-    roots = lay_out(images, tmp_path / "data")
-    assert main([*SMALL, "--run.dir", str(tmp_path / "run"), *TWO_STEPS, "--data.root", *roots]) == 0
-    printed = capsys.readouterr().out
-    assert f"data: {' '.join(roots)}: {found}\n" in printed
-    expected = two_steps
-    if "no labels" in found:
-        assert "no labels, so no 20-NN probe" in printed
-        expected = [{name: x for name, x in line.items() if name != "knn_top1"} for line in two_steps]
-    assert without_clocks(metrics(tmp_path / "run")) == expected
-
-
-def test_roots_are_mixed_and_resume_knows_them(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shards, out = as_tar(images, tmp_path / "shards"), tmp_path / "run"
-    roots = [f"{shards}=2", f"{images / 'cat'}=0.5"]  # 80 and 10 visits: 11 steps of 8 an epoch
-    arguments = [*SMALL, "--run.dir", str(out), "--optim.steps", "14", "--data.root", *roots]
-    assert main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "weight 2; 20 images in 1 folder, no labels, weight 0.5" in printed
-    assert "11 steps an epoch (2 of its 90 images left over, others each time), 14 steps in all" in printed
-    assert "no labels, so no 20-NN probe" in printed
-    lines = without_clocks(metrics(out))
-
-    shutil.rmtree(out / "checkpoints" / "step-00000014")
-    assert main(["--resume", str(out), "--data.root", roots[0], f"{images / 'cat'}=0.6"]) == 2
-    assert "the run began with other weights or images; restore them" in capsys.readouterr().err
-    assert main(["--resume", str(out), "--data.root", f"{images}=2", roots[1]]) == 2
-    assert f"{images}: is a folder, the run began with a tar" in capsys.readouterr().err
-    kept = (out / "index" / "1").read_bytes()
-    (out / "index" / "1").write_bytes(kept[:-9])
-    assert main(["--resume", str(out)]) == 2
-    assert (
-        f"{out / 'index' / '1'}: the run's index of {images / 'cat'} is damaged; restore it" in capsys.readouterr().err
-    )
-    (out / "index" / "1").write_bytes(kept)
-    shards.rename(tmp_path / "moved")
-    assert main(["--resume", str(out), "--data.root", f"{tmp_path / 'moved'}=2", roots[1]]) == 0
-    assert without_clocks(metrics(out)) == lines
-
-
-def spoil(image: Path) -> None:
-    """In place and of the same length, so that no index notices."""
-    image.write_bytes(b"<html>" + image.read_bytes()[6:])
-
-
-def test_a_bad_image_ends_the_run_or_is_skipped(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    flat, out = tmp_path / "flat", tmp_path / "run"
-    shutil.copytree(images / "cat", flat)
-    arguments = [*SMALL, "--data.root", str(flat), "--run.checkpoint-every", "3"]
-    assert main([*arguments, "--check"]) == 0
-    victim = flat / "7.jpg"
-    spoil(victim)
-    assert main([*arguments, "--run.dir", str(tmp_path / "strict")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {victim}: starts with b'<html>JF'") and error.count("\n") == 1
-    assert "data.on_error skip" in error
-
-    caplog.clear()
-    lines = run(flat, out, *arguments[-2:], "--data.on-error", "skip")
-    assert f"skipped from now on: {victim}" in caplog.text
-    assert [line["skipped_images"] for line in lines][-9:] == [1] * 9  # met within the first epoch, of 2 steps
-    assert json.loads((out / "run_state.json").read_text())["skipped_images"] == 1
-    ours = tensors(out / "checkpoints" / "step-00000012", tmp_path / "a.pt")
-    shutil.rmtree(out / "checkpoints" / "step-00000012")
-    victim.unlink()  # which changes the folder: the run goes on with its own index
-    caplog.clear()
-    assert main(["--resume", str(out)]) == 0
-    assert not [record for record in caplog.records if record.levelname == "WARNING"]  # it is not met again
-    assert without_clocks(metrics(out)) == without_clocks(lines)
-    again = tensors(out / "checkpoints" / "step-00000012", tmp_path / "b.pt")
-    assert all(torch.equal(ours[name], again[name]) for name in ours)
-
-
-def test_processes_skip_the_same_images(images: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(images, data)
-    more = ["--data.root", str(data), "--data.on-error", "skip"]
-    assert main([*SMALL, *more, "--check"]) == 0
-    spoil(sorted(data.glob("*/*.jpg"))[epoch_order(40, seed=0, epoch=0)[13]])  # in step 1, and the second rank's
-    alone = run(data, tmp_path / "alone", *more)
-    done = torchrun(2, *SMALL, *more, "--run.dir", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr
-    together = metrics(tmp_path / "two")
-    for a, b in zip(alone, together, strict=True):
-        assert a["skipped_images"] == b["skipped_images"] == (a["step"] > 1)
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-    assert together[-1]["knn_top1"] == alone[-1]["knn_top1"]
 
 
 def test_check_prints_and_leaves(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
