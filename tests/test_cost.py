@@ -114,7 +114,8 @@ def test_memory_is_at_least_what_autograd_keeps() -> None:
 def test_memory_on_a_gpu(recompute: bool) -> None:
     """The count against the allocator's peak of a real step."""
     from cjepa_fast.distributed import checkpoint_activations
-    from cjepa_fast.engine.build import blocks, build_optimizer
+    from cjepa_fast.engine.build import build_optimizer
+    from cjepa_fast.networks.vit import blocks
 
     c, device = replace(BASE, {"optim.batch_size": 128}), torch.device("cuda")
     method = build_method(c).to(device)

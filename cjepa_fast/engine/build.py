@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from cjepa_fast import distributed
@@ -20,8 +20,9 @@ from cjepa_fast.engine.step import Parts, StepOutput, train_step
 from cjepa_fast.errors import UserError
 from cjepa_fast.masks import MODES, MultiBlockSampler
 from cjepa_fast.methods import Method, build_method
+from cjepa_fast.methods.parts import activation_dtype
 from cjepa_fast.networks.precision import hold_copies
-from cjepa_fast.networks.vit import Block
+from cjepa_fast.networks.vit import blocks, is_trained
 
 
 class Learner(NamedTuple):
@@ -41,7 +42,7 @@ class Learner(NamedTuple):
         """Do between intervals what would stall a step: garbage collection, and a check of the CUDA mask sampler."""
         gc.collect(1)
         for network in self.method.children():
-            if not _is_trained(network):
+            if not is_trained(network):
                 distributed.forget_forwards(network)
         self.masks.verify()
 
@@ -119,22 +120,11 @@ def build_optimizer(c: Config, method: Method, *, sharded: bool) -> optim.AdamW:
     One process keeps 16-bit copies of the weights, so that no step casts them; FSDP2 makes its own of `sharded` ones.
     """
     groups, copies = optim.parameter_groups(method), {}
-    dtype = torch.bfloat16 if c.model.precision == "bf16" else torch.float32
+    dtype = activation_dtype(c)
     if not sharded and dtype != torch.float32:
         fused = optim.fuses(c.runtime.kernels, groups[0]["params"][0].device)
         copies = hold_copies(method, dtype, rounded_grads=fused and c.runtime.accumulate == 1)
     return optim.AdamW(groups, lr=c.optim.lr, averages=method.averages(), copies=copies, impl=c.runtime.kernels)
-
-
-def blocks(network: nn.Module, *, trained: bool | None = None) -> Iterator[Block]:
-    """Yield the transformer blocks of a network, or only the trained or the untrained ones."""
-    for module in network.modules():
-        if isinstance(module, Block) and trained in (None, _is_trained(module)):
-            yield module
-
-
-def _is_trained(network: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in network.parameters())
 
 
 def compile_blocks(method: Method, wanted: str, device: torch.device, mask_mode: str | None) -> str:
@@ -164,6 +154,6 @@ def shard(method: Method, mesh: DeviceMesh | None, *, reshard: bool, unit: int) 
     """
     for network in method.children():
         own = list(blocks(network))
-        free = reshard and bool(own) if _is_trained(network) else True
+        free = reshard and bool(own) if is_trained(network) else True
         dtype = getattr(method.judged, "dtype", torch.float32) if own else torch.float32
         distributed.shard(network, own, mesh, unit=unit, reshard=free, dtype=dtype)

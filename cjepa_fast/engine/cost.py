@@ -7,6 +7,7 @@ dispatch mode follows every allocation. So any method is counted, without formul
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import weakref
@@ -27,8 +28,9 @@ from cjepa_fast.engine.schedules import Length
 from cjepa_fast.engine.step import forward_backward
 from cjepa_fast.masks import Masks
 from cjepa_fast.methods import Method, build_method
+from cjepa_fast.methods.parts import activation_dtype
 from cjepa_fast.networks.precision import hold_copies
-from cjepa_fast.networks.vit import Block
+from cjepa_fast.networks.vit import blocks
 
 FSDP_BLOCKS = 4  # transformer blocks per FSDP unit: fewer collectives than with 1, less memory than a whole network
 ROOM = 0.9  # share of a GPU's memory to plan with; CUDA, NCCL, workspaces and fragments need the rest
@@ -80,6 +82,7 @@ class Plan(NamedTuple):
 def count(c: Config, world: World, tokens: Tokens | None, *, reshard: bool = False, recompute: bool = False) -> Cost:
     """Count one step of one process. Contexts and targets have `tokens` on average; None: no masks."""
     plain = replace(c, {"runtime.kernels": "eager", "runtime.attention": "sdpa"})
+    dtype = activation_dtype(c)
     images = c.optim.batch_size // world.size
     parts = c.runtime.accumulate
     taken = min(parts, 2)  # further micro-batches only add their outputs
@@ -88,12 +91,11 @@ def count(c: Config, world: World, tokens: Tokens | None, *, reshard: bool = Fal
     with _silence(), FakeTensorMode():
         _materialise(method)
         if recompute:
-            for block in method.modules():
-                if isinstance(block, Block) and next(block.parameters()).requires_grad:
-                    distributed.checkpoint_activations(block)
+            for block in blocks(method, trained=True):
+                distributed.checkpoint_activations(block)
         copies: dict[Tensor, Tensor] = {}
-        if c.model.precision == "bf16":  # of one process; FSDP2 gathers in bf16, so it casts nothing either
-            copies = hold_copies(method, torch.bfloat16, rounded_grads=parts == 1)
+        if dtype != torch.float32:  # of one process; FSDP2 gathers in bf16, so it casts nothing either
+            copies = hold_copies(method, dtype, rounded_grads=parts == 1)
         batch = taken * images // parts
         side = c.model.image_size
         shape = (batch, side, side, 3) if method.views == 1 else (method.views, batch, side, side, 3)
@@ -108,7 +110,7 @@ def count(c: Config, world: World, tokens: Tokens | None, *, reshard: bool = Fal
             out = forward_backward(method, pictures, masks)
         kept = sum(x.nbytes for x in (out.predictions, out.embeddings) if x is not None) / taken
     trained = {name: _trained(network) for name, network in method.named_children()}
-    shards, size = shard_size(c, world), 2 if c.model.precision == "bf16" else 4
+    shards, size = shard_size(c, world), dtype.itemsize
     everything = sum(trained.values())
     averaged = sum(average.numel() for average in method.averages().values())
     state = (12 * everything + 4 * averaged) / shards + 3 * method.views * images * 3 * side**2
@@ -318,8 +320,8 @@ def _trained(network: nn.Module) -> int:
 
 def _unit(network: nn.Module) -> int:
     """Return the parameters of one FSDP unit."""
-    blocks = [block for block in network.modules() if isinstance(block, Block)][:FSDP_BLOCKS]
-    return sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    unit = itertools.islice(blocks(network), FSDP_BLOCKS)
+    return sum(parameter.numel() for block in unit for parameter in block.parameters())
 
 
 def _gb(number: float) -> str:

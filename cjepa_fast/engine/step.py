@@ -15,7 +15,7 @@ from torch import Tensor
 from cjepa_fast.distributed import world_size
 from cjepa_fast.engine.optim import AdamW
 from cjepa_fast.masks import Masks
-from cjepa_fast.methods import Forward, Method
+from cjepa_fast.methods import Forward, Loss, Method
 
 Parts = Sequence[Masks | None]  # the masks of each micro-batch in turn, None of methods without masks
 
@@ -62,18 +62,18 @@ def forward_backward(method: Method, images: Tensor, parts: Parts) -> StepOutput
     )
 
 
-Losses = tuple[Tensor, tuple[Tensor, ...]]
-
-
 def _undivided(
     method: Method, images: Tensor, masks: Masks | None, targets: Tensor | None
-) -> tuple[list[Forward], Losses, Losses]:
+) -> tuple[list[Forward], Loss, Loss]:
     out = method(images, masks, targets)
-    nothing: Losses = images.new_zeros((), dtype=torch.float32), ()
+    nothing: Loss = images.new_zeros((), dtype=torch.float32), ()
     # The batch loss's collectives run beside the local loss; autograd keeps to the streams of the forward pass.
     side = _side_stream(images.device)
-    with torch.cuda.stream(side):
-        regular = nothing if out.summary is None else method.batch_loss(out.summary)
+    regular = nothing
+    if method.batch_terms:
+        assert out.summary is not None
+        with torch.cuda.stream(side):
+            regular = method.batch_loss(out.summary)
     local = method.local_loss(out, masks, targets) or nothing
     if side is not None:
         torch.cuda.current_stream(images.device).wait_stream(side)
@@ -83,9 +83,9 @@ def _undivided(
 
 def _divided(
     method: Method, parts: Sequence[tuple[Tensor, Masks | None, Tensor | None]]
-) -> tuple[list[Forward], Losses, Losses]:
+) -> tuple[list[Forward], Loss, Loss]:
     nothing = parts[0][0].new_zeros((), dtype=torch.float32)
-    regular: Losses = nothing, ()
+    regular: Loss = nothing, ()
     grads: Sequence[Tensor | None] = [None] * len(parts)
     if method.batch_terms:
         with torch.no_grad():

@@ -9,6 +9,7 @@ Adding a method takes one file here, a line in `METHODS`, a preset, a truth in `
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Forward(NamedTuple):
 Loss = tuple[Tensor, tuple[Tensor, ...]]  # a scalar, and the values of its terms
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """What learns: networks as child modules, and the loss of a batch.
 
     Children whose parameters need no gradient follow others by EMA, see `averages`. Transformer blocks (`Block`) of the
@@ -56,9 +57,9 @@ class Method(nn.Module):
     """The loss needs the judged encoder's tokens of whole images, not of target patches alone."""
 
     @property
+    @abstractmethod
     def judged(self) -> nn.Module:
         """The encoder that probes, health figures and exports see."""
-        raise NotImplementedError
 
     def averages(self) -> dict[Tensor, Tensor]:
         """Return the EMA of each parameter that has one."""
@@ -71,6 +72,7 @@ class Method(nn.Module):
         """
         return [None] * len(images)
 
+    @abstractmethod
     def forward(self, images: Tensor, masks: Masks | None, targets: Tensor | None) -> Forward:
         """Run the networks.
 
@@ -79,7 +81,6 @@ class Method(nn.Module):
             masks: of these images, on their device; None unless `masked`.
             targets: the result of `targets` for these images.
         """
-        raise NotImplementedError
 
     def local_loss(self, out: Forward, masks: Masks | None, targets: Tensor | None) -> Loss | None:
         """Compute the mean loss over these images, and its terms; none by default."""
@@ -90,7 +91,7 @@ class Method(nn.Module):
 
         Statistics are those of all processes, see `cjepa_fast.distributed`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} names terms of a batch loss, but computes none")
 
 
 def precise(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ tokens, D and d width.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -130,6 +131,18 @@ class Block(nn.Module):
         rest = x if wanted is None else wanted.of(x)
         x = rest + self.attn(self.norm1(tokens), layout, wanted, origin)
         return x + self.mlp(self.norm2(x))
+
+
+def blocks(network: nn.Module, *, trained: bool | None = None) -> Iterator[Block]:
+    """Yield the transformer blocks of a network, or only the trained or the untrained ones."""
+    for module in network.modules():
+        if isinstance(module, Block) and trained in (None, is_trained(module)):
+            yield module
+
+
+def is_trained(network: nn.Module) -> bool:
+    """Return whether some parameter needs a gradient."""
+    return any(parameter.requires_grad for parameter in network.parameters())
 
 
 class PatchEmbed(nn.Module):
