@@ -73,6 +73,7 @@ BAD_FLAGS = [
         "--runtime.reshard is no longer a setting: runtime.memory took its place; leave it out",
     ),
     ("--optim.eps 1e-8", "--optim.eps is no longer a setting: fixed at 1e-8; leave it out"),
+    ("--runtime.no-keep-memory", "--runtime.no-keep-memory is no longer a setting: always on; leave it out"),
     ("--preset", "--preset: expected text or None, got nothing"),
     (
         "--preset cifar10_tinny",
@@ -192,6 +193,8 @@ BAD_YAML = [
     ("data: {crop_scale: [0.9]}", ":1: data.crop_scale: expected 2 numbers, got ['0.9']"),
     ("data: {crop_scale: 0.9}", ":1: data.crop_scale: expected 2 numbers, got '0.9'"),
     ("runtime: {prefetch: 3}", ": runtime.prefetch is no longer a setting: fixed at 2; leave it out"),
+    ("data: {crop_ratios: [1, 2]}", ":1: unknown key 'data.crop_ratios'; did you mean 'data.crop_scale'?"),
+    ("optim.eps: 1e-8", ": optim.eps is no longer a setting: fixed at 1e-8; leave it out"),
     ("data: {hflip: 1}", ":1: data.hflip: expected true or false, got '1'"),
     (
         "mask: {mode: null}",

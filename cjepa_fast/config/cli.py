@@ -198,15 +198,14 @@ def _entries(node: yaml.Node, path: Path, prefix: str, known: Iterable[str]) -> 
         example = next(key for key in known if key.startswith(prefix) and "." in key)
         what = f"{prefix[:-1]!r} is a section" if prefix else "a configuration is a mapping"
         raise _error(path, node, f"{what}; put keys such as {example!r} into it")
-    every = (*known, *RETIRED)
-    here = {prefix + key.removeprefix(prefix).partition(".")[0] for key in every if key.startswith(prefix)}
+    here = {prefix + key.removeprefix(prefix).partition(".")[0] for key in known if key.startswith(prefix)}
     lines: dict[str, int] = {}
     for key, value in node.value:
         name = prefix + (key.value if isinstance(key, yaml.ScalarNode) else "[...]")
         if name not in here and name in known:
             section, _, leaf = name.partition(".")
             raise _error(path, key, f"{name!r} is written as a section; put '{leaf}: ...' under '{section}:'")
-        if name not in here:
+        if name not in here and name not in RETIRED:
             raise _error(path, key, f"unknown key {name!r}{did_you_mean(name, (*sorted(here), *known))}")
         if name in lines:
             raise _error(path, key, f"{name!r} is set again, first on line {lines[name]}; keep one")
@@ -263,14 +262,15 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for flag, values in _flag_groups(argv):
         key, annotation = flag.replace("-", "_"), annotations.get(flag)
-        if annotation is None and annotations.get(positive := flag.replace("no-", "", 1)) is bool:
+        positive = flag.replace("no-", "", 1)
+        if annotation is None and annotations.get(positive) is bool:
             if values:
                 raise UserError(f"--{flag}: only switches off, without a value; write --{positive} VALUE")
             found[positive.replace("-", "_")] = False
             continue
         if annotation is None:
-            if key in RETIRED:
-                raise UserError(f"--{flag} is no longer a setting: {RETIRED[key]}; leave it out")
+            if hint := RETIRED.get(key) or RETIRED.get(positive.replace("-", "_")):
+                raise UserError(f"--{flag} is no longer a setting: {hint}; leave it out")
             raise UserError(f"unknown flag --{flag}{did_you_mean(flag, [*annotations, 'help'], '--{}')}")
         if annotation is bool and not values:
             values = ["true"]

@@ -9,10 +9,14 @@ COLLAPSED = 0.1  # a feature_std under this share of the first line's is called 
 
 
 class Guard:
-    """The first line's `feature_std`, and the judgement of later lines against it."""
+    """The first line's `feature_std`, and the judgement of later lines against it.
 
-    def __init__(self, initial_std: float | None = None) -> None:
-        self.initial_std = initial_std
+    regularised: the loss has VICReg's variance term.
+    """
+
+    def __init__(self, regularised: bool) -> None:
+        self._remedy = "raise the second of loss.vicreg_coefficients" if regularised else "use method cjepa"
+        self.initial_std: float | None = None
 
     def finite(self, figures: Mapping[str, float]) -> bool:
         """Return whether the run can go on."""
@@ -26,5 +30,5 @@ class Guard:
             return None
         return (
             f"warning: step {step}: feature_std fell from {self.initial_std:.3f} to {now:.3f}: "
-            "the embeddings collapse; lower optim.lr or raise loss.vicreg_weight"
+            f"the embeddings collapse; lower optim.lr or {self._remedy}"
         )

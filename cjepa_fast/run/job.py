@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Job:
     roots: where the training images are, for people.
     probe: None if the images have no labels.
     resume: folder of the run to continue, or None.
+    started: `time.perf_counter()` when the job was asked for.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Job:
     schedule: Schedules
     tokens: cost.Tokens | None
     resume: Path | None
+    started: float
 
     def plan(self) -> cost.Plan:
         """Decide how a step saves memory, for the GPU with the least of it. Collective."""
@@ -68,6 +71,7 @@ class Job:
 
 def prepare(command: Command, world: World) -> Job:
     """Check a command in full and open its images; raises UserError, one line, for whatever cannot run."""
+    started = time.perf_counter()
     c, resume = command.config, command.resume
     config.validate_world(c, world.size)
     device = pick_device(c.runtime.device, world.local_rank)
@@ -108,6 +112,7 @@ def prepare(command: Command, world: World) -> Job:
     return Job(
         config=c, world=world, device=device, place=place, roots=" ".join(data.root), source=source, probe=probe,
         length=length, schedule=schedule, tokens=tokens, resume=resume,
+        started=started,
     )  # fmt: skip
 
 

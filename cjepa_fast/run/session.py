@@ -35,12 +35,13 @@ class Session:
 
     def __init__(self, job: Job, learner: Learner, plan: Plan) -> None:
         c = job.config
-        self._job, self._learner, self._started = job, learner, time.perf_counter()
+        self._job, self._learner = job, learner
         self._directory = _run_directory(job)
         self._checkpoints = self._directory / CHECKPOINTS
         self.bad, self._skipped = BadImages(job.source, c.data.on_error), frozenset[int]()
         self.first_step, self.status, self._accuracy, self._untrained = 0, "completed", None, None
-        self._guard, self._total = Guard(), job.length.total
+        regularised = "std" in learner.method.batch_terms
+        self._guard, self._total = Guard(regularised), job.length.total
         self._peak = peak_tflop_s(job.device)
         self._gflop = sum(plan.cost.gflop.values()) if plan.cost is not None else None
         every = [c.run.log_every, c.run.checkpoint_every]
@@ -114,7 +115,7 @@ class Session:
                     f"20-NN top-1: {judged} {self._accuracy:.1%}, untrained encoder {self._untrained:.1%}, "
                     f"chance {self._job.probe.chance:.1%}"
                 )
-            self._records.say(f"run directory: {self._directory} ({time.perf_counter() - self._started:.0f} s)")
+            self._records.say(f"run directory: {self._directory} ({time.perf_counter() - self._job.started:.0f} s)")
             self._records.close()
         return 3 if self.status == "failed" else 0
 
@@ -127,7 +128,8 @@ class Session:
         where = f"{job.world.size} process(es) on {device_name(job.device)}"
         print(f"{where}, {c.model.precision}, {self._learner.compiled}")
         print(f"{layout(c, job.world)}; {plan.reason}")
-        without = "no labels, so no 20-NN probe: health shows in feature_std, rankme and cosine_gap"
+        figures = "feature_std, rankme and cosine_gap" if self._learner.method.masked else "feature_std and rankme"
+        without = f"no labels, so no 20-NN probe: health shows in {figures}"
         print(without if job.probe is None else job.probe.description, flush=True)
 
     def _resume(self) -> None:
@@ -136,7 +138,7 @@ class Session:
         state = checkpoint.training_state(learner.method, learner.optimizer)
         self.first_step, extra = checkpoint.load(self._checkpoints, state)
         learner.optimizer.refresh_copies()
-        self._untrained, self._guard = extra["untrained"], Guard(extra["initial_std"])
+        self._untrained, self._guard.initial_std = extra["untrained"], extra["initial_std"]
         if extra["data"] != job.source.fingerprint:
             raise UserError(f"data.root: {job.roots}: the run began with other weights or images; restore them")
         self.bad.add(extra["skipped"])
